@@ -1,0 +1,233 @@
+"""Serves one /dev/fuse descriptor with pyfuse3, from its first request or after a dead server.
+
+Not for mounting, and not for what the files hold.
+
+The descriptor belongs to a mount that somebody else made with mount(2) and fd=N, so the mount
+outlives the server. The kernel's FUSE_INIT is answered here, not by libfuse: that gives us the
+limits that libfuse does not offer, and makes the first start and a take-over the same for libfuse.
+It always starts on a socket pair that stands at the descriptor's number, reads a FUSE_INIT that
+we made, and in Operations.init() the real descriptor comes back to that number. libfuse's answer
+then goes to the kernel, which drops it, because it knows no such request.
+
+After a take-over FUSE_NOTIFY_RESEND (Linux 6.9+) makes the kernel send again what the dead server
+had read and not answered. That needs inode numbers and file handles that mean the same in every
+server: deterministic inodes, handles without state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import logging
+import os
+import socket
+import struct
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+
+import pyfuse3
+import trio
+
+from clipshim.errors import ClipError, MountError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+
+log = logging.getLogger(__name__)
+
+# linux/fuse.h
+FUSE_INIT = 26
+FUSE_NOTIFY_RESEND = 7
+FUSE_ASYNC_READ = 1 << 0
+FUSE_ATOMIC_O_TRUNC = 1 << 3
+FUSE_BIG_WRITES = 1 << 5
+FUSE_DO_READDIRPLUS = 1 << 13
+FUSE_READDIRPLUS_AUTO = 1 << 14
+FUSE_PARALLEL_DIROPS = 1 << 18
+FUSE_MAX_PAGES = 1 << 22
+FUSE_CACHE_SYMLINKS = 1 << 23
+FUSE_INIT_EXT = 1 << 30
+FUSE_HAS_RESEND = 1 << 39
+WANTED = (
+    FUSE_ASYNC_READ
+    | FUSE_ATOMIC_O_TRUNC
+    | FUSE_BIG_WRITES
+    | FUSE_DO_READDIRPLUS
+    | FUSE_READDIRPLUS_AUTO
+    | FUSE_PARALLEL_DIROPS
+    | FUSE_MAX_PAGES
+    | FUSE_CACHE_SYMLINKS
+)
+# What libfuse is told that the kernel can; 7.36 is the newest that libfuse 3.14 understands whole.
+LIBFUSE_FLAGS = 0x73FFFFFB
+MINOR = 36
+IN_HEADER = struct.Struct("<IIQQIIIHH")
+INIT_IN = struct.Struct("<IIII")
+INIT_OUT = struct.Struct("<IIIIHHIIHHII24x")
+OUT_HEADER = struct.Struct("<IiQ")
+SYNTHETIC_UNIQUE = 0x0FFFFFFFFFFFFFF0
+MAX_READ = 1 << 20
+# Read-ahead of a layer whose registry is dead occupies background slots until it times out; with
+# the kernel's default of 12 that would stop the read-ahead of every other layer.
+MAX_BACKGROUND = 4096
+# Every waiting request is a task; reads wait for as long as their registry does.
+MAX_TASKS = 100_000
+FIRST_BUFFER = 1 << 17  # FUSE_MIN_READ_BUFFER is 8 KiB; requests here are small
+
+P = ParamSpec("P")
+T = TypeVar("T")
+S = TypeVar("S")
+
+
+def handler(
+    function: Callable[Concatenate[S, P], Coroutine[Any, Any, T]],
+) -> Callable[Concatenate[S, P], Coroutine[Any, Any, T]]:
+    """For every FUSE handler: known errors become their errno, others EIO and a log entry.
+
+    pyfuse3 translates only FUSEError; any other exception would end the main loop and with it
+    the mount. Cancellation passes.
+    """
+
+    @functools.wraps(function)
+    async def guarded(self: S, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return await function(self, *args, **kwargs)
+        except pyfuse3.FUSEError:
+            raise
+        except ClipError as exc:
+            log.debug("%s: %s", function.__name__, exc)  # who raised it has logged it, rate-limited
+            raise pyfuse3.FUSEError(_reportable(exc.errno)) from exc
+        except OSError as exc:
+            log.warning("%s: %s", function.__name__, exc)
+            raise pyfuse3.FUSEError(_reportable(exc.errno)) from exc
+        except Exception as exc:
+            log.exception("%s failed", function.__name__)
+            raise pyfuse3.FUSEError(errno.EIO) from exc
+
+    return guarded
+
+
+def _reportable(number: int | None) -> int:
+    # ENOSYS would tell the kernel to stop asking: for open that breaks the file system.
+    return errno.EIO if not number or number == errno.ENOSYS else number
+
+
+async def serve(
+    ops: pyfuse3.Operations,
+    fuse_fd: int,
+    *,
+    takeover: bool,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Serves the connection until it is unmounted or the task is cancelled.
+
+    `takeover`: another process has served this connection and is dead. `task_status` is told
+    when requests are being answered. Neither unmounts nor closes `fuse_fd`. One call a process:
+    pyfuse3 keeps its session in module globals. Raises MountError if the connection is gone.
+    """
+    resend = True if takeover else await trio.to_thread.run_sync(answer_init, fuse_fd)
+    real_fd = os.dup(fuse_fd)
+    started = False
+
+    def init() -> None:
+        nonlocal started, resend
+        os.dup2(real_fd, fuse_fd)
+        os.close(real_fd)
+        if takeover:
+            resend = request_resend(fuse_fd)
+        # A request can be withdrawn between poll and read; then read must not block the loop. The
+        # price, a main loop that starts again, needs the resend.
+        os.set_blocking(fuse_fd, not resend)
+        started = True
+        task_status.started()
+
+    ops.init = init  # type: ignore[method-assign]
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours:
+        os.dup2(theirs.fileno(), fuse_fd)
+        theirs.close()
+        ours.send(_synthetic_init())
+        pyfuse3.init(ops, f"/dev/fd/{fuse_fd}", set())
+        try:
+            await _main_loop(fuse_fd, resend=lambda: resend)
+        finally:
+            if not started:
+                os.dup2(real_fd, fuse_fd)
+                os.close(real_fd)
+    if not started:
+        raise MountError("the FUSE session ended before its first request")
+
+
+async def _main_loop(fuse_fd: int, *, resend: Callable[[], bool]) -> None:
+    while True:
+        try:
+            await pyfuse3.main(max_tasks=MAX_TASKS)
+        except Exception as exc:
+            if not _is_only_eagain(exc):
+                log.error("FUSE main loop starts again", exc_info=exc)
+                await trio.sleep(0.1)  # whatever it is must not become a busy loop
+            if resend():  # the handlers that were cancelled have not answered
+                request_resend(fuse_fd)
+        else:
+            return
+
+
+def _is_only_eagain(exc: BaseException) -> bool:
+    if isinstance(exc, BaseExceptionGroup):
+        return all(_is_only_eagain(inner) for inner in exc.exceptions)
+    return isinstance(exc, OSError) and exc.errno == errno.EAGAIN
+
+
+def answer_init(fuse_fd: int) -> bool:
+    """Waits for the kernel's FUSE_INIT and answers it. True if requests can be sent again.
+
+    Raises MountError if what comes is not FUSE_INIT.
+    """
+    os.set_blocking(fuse_fd, True)
+    try:
+        request = os.read(fuse_fd, FIRST_BUFFER)
+    except OSError as exc:
+        raise MountError(f"FUSE connection: {os.strerror(exc.errno or 0)}") from exc
+    length, opcode, unique, *_ = IN_HEADER.unpack_from(request)
+    if opcode != FUSE_INIT or length != len(request):
+        raise MountError(f"FUSE connection: expected FUSE_INIT, got request {opcode}")
+    major, minor, max_readahead, flags = INIT_IN.unpack_from(request, IN_HEADER.size)
+    if flags & FUSE_INIT_EXT:
+        (flags2,) = struct.unpack_from("<I", request, IN_HEADER.size + INIT_IN.size)
+        flags |= flags2 << 32
+    if major != 7:
+        raise MountError(f"FUSE connection: expected protocol 7, got {major}")
+    answer = INIT_OUT.pack(
+        7,
+        min(minor, MINOR),
+        max_readahead,
+        flags & WANTED,
+        MAX_BACKGROUND,
+        MAX_BACKGROUND * 3 // 4,
+        MAX_READ,
+        1,  # time granularity in nanoseconds
+        MAX_READ // 4096,
+        0,
+        0,
+        0,
+    )
+    os.write(fuse_fd, OUT_HEADER.pack(OUT_HEADER.size + len(answer), 0, unique) + answer)
+    return bool(flags & FUSE_HAS_RESEND)
+
+
+def request_resend(fuse_fd: int) -> bool:
+    """Has the kernel queue again what was read and not answered. False before Linux 6.9."""
+    with contextlib.suppress(OSError):
+        os.write(fuse_fd, OUT_HEADER.pack(OUT_HEADER.size, FUSE_NOTIFY_RESEND, 0))
+        return True
+    log.warning(
+        "this kernel cannot send unanswered requests again: reads that were waiting when the"
+        " previous server died hang until their process is killed"
+    )
+    return False
+
+
+def _synthetic_init() -> bytes:
+    body = INIT_IN.pack(7, MINOR, MAX_READ, LIBFUSE_FLAGS) + bytes(48)
+    length = IN_HEADER.size + len(body)
+    return IN_HEADER.pack(length, FUSE_INIT, SYNTHETIC_UNIQUE, 0, 0, 0, 0, 0, 0) + body

@@ -1,0 +1,247 @@
+"""The node's FUSE mount of layers: one flat directory, one read-only file a layer.
+
+Each file is a layer's uncompressed tar stream, named by its layer key; EROFS trees use it as a
+device. Not for fetching: reads go to the layer's reader.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import logging
+import os
+import stat
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+
+import pyfuse3
+
+from clipshim.errors import NotFoundError
+from clipshim.lazy.fuse_session import handler
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+log = logging.getLogger(__name__)
+
+FOREVER_S = 1e6  # layers never change; the kernel may keep what it was told
+READ_AHEAD_KIB = 1024
+
+
+def layer_inode(key: str) -> int:
+    """The inode number of a layer's file: the same in every process, never root's (1)."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 2 | 2
+
+
+class LayerFile(Protocol):
+    """What the mount needs of a layer reader."""
+
+    @property
+    def key(self) -> str: ...
+
+    @property
+    def size(self) -> int: ...
+
+    async def read(self, offset: int, size: int) -> bytes | bytearray | memoryview:
+        """Exactly the bytes of the range that lie within the layer."""
+        ...
+
+
+class LayerDirectory(Protocol):
+    """Finds layers for the mount. May wait, such as for recovery after a restart to be over."""
+
+    async def by_name(self, key: str) -> LayerFile | None: ...
+
+    async def by_inode(self, inode: int) -> LayerFile | None: ...
+
+    def names(self) -> list[str]: ...
+
+
+Reader = TypeVar("Reader", bound=LayerFile)
+
+
+class LayerReaders(Generic[Reader]):
+    """A LayerDirectory of what was added to it."""
+
+    def __init__(self) -> None:
+        self._by_name: dict[str, Reader] = {}
+        self._by_inode: dict[int, Reader] = {}
+
+    def add(self, reader: Reader) -> None:
+        """Shows the reader's layer; another one of the same name is replaced."""
+        self._by_name[reader.key] = reader
+        self._by_inode[layer_inode(reader.key)] = reader
+
+    def remove(self, key: str) -> None:
+        """Hides a layer; reads that are under way end normally."""
+        self._by_name.pop(key, None)
+        self._by_inode.pop(layer_inode(key), None)
+
+    def get(self, key: str) -> Reader | None:
+        """The reader of a layer."""
+        return self._by_name.get(key)
+
+    def names(self) -> list[str]:
+        """All keys."""
+        return list(self._by_name)
+
+    async def by_name(self, key: str) -> Reader | None:
+        """See LayerDirectory."""
+        return self._by_name.get(key)
+
+    async def by_inode(self, inode: int) -> Reader | None:
+        """See LayerDirectory."""
+        return self._by_inode.get(inode)
+
+
+class LayersOperations(pyfuse3.Operations):
+    """FUSE operations over a LayerDirectory. Inodes and handles mean the same in every process."""
+
+    def __init__(self, directory: LayerDirectory) -> None:
+        super().__init__()
+        self._directory = directory
+
+    async def _file(self, inode: int) -> LayerFile:
+        found = await self._directory.by_inode(inode)
+        if found is None:
+            raise NotFoundError(f"layer file {inode}: not shown")
+        return found
+
+    @handler
+    async def lookup(
+        self,
+        parent_inode: pyfuse3.InodeT,
+        name: pyfuse3.FileNameT,
+        ctx: pyfuse3.RequestContext,
+    ) -> pyfuse3.EntryAttributes:
+        """Root has the layers by key; names never mean anything else."""
+        if parent_inode != pyfuse3.ROOT_INODE:
+            raise pyfuse3.FUSEError(errno.ENOTDIR)
+        if name in (b".", b".."):
+            return _root_attributes()
+        found = await self._directory.by_name(os.fsdecode(name))
+        if found is None:
+            raise pyfuse3.FUSEError(errno.ENOENT)
+        return _file_attributes(found)
+
+    @handler
+    async def getattr(
+        self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        """Attributes of root or of a layer."""
+        if inode == pyfuse3.ROOT_INODE:
+            return _root_attributes()
+        return _file_attributes(await self._file(inode))
+
+    async def forget(self, inode_list: Sequence[tuple[pyfuse3.InodeT, int]]) -> None:
+        """Nothing is counted: inodes are deterministic."""
+
+    @handler
+    async def open(
+        self, inode: pyfuse3.InodeT, flags: pyfuse3.FlagT, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.FileInfo:
+        """The handle is the inode: it survives the server."""
+        if flags & os.O_ACCMODE != os.O_RDONLY:
+            raise pyfuse3.FUSEError(errno.EROFS)
+        await self._file(inode)
+        return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(inode), keep_cache=True)
+
+    @handler
+    async def read(self, fh: pyfuse3.FileHandleT, off: int, size: int) -> bytes:
+        """Bytes of a layer, verified."""
+        # pyfuse3 takes any contiguous buffer
+        return await (await self._file(fh)).read(off, size)  # type: ignore[return-value]
+
+    @handler
+    async def flush(self, fh: pyfuse3.FileHandleT) -> None:
+        """Read-only."""
+
+    @handler
+    async def release(self, fh: pyfuse3.FileHandleT) -> None:
+        """Handles have no state."""
+
+    @handler
+    async def opendir(
+        self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.FileHandleT:
+        """There is one directory."""
+        if inode != pyfuse3.ROOT_INODE:
+            raise pyfuse3.FUSEError(errno.ENOTDIR)
+        return pyfuse3.FileHandleT(inode)
+
+    @handler
+    async def releasedir(self, fh: pyfuse3.FileHandleT) -> None:
+        """Handles have no state."""
+
+    @handler
+    async def readdir(
+        self, fh: pyfuse3.FileHandleT, start_id: int, token: pyfuse3.ReaddirToken
+    ) -> None:
+        """In the order of the inode numbers, so that a position stays valid when layers come."""
+        entries = sorted((layer_inode(key), key) for key in self._directory.names())
+        for inode, key in entries:
+            if inode <= start_id:
+                continue
+            found = await self._directory.by_name(key)
+            if found is None:
+                continue
+            if not pyfuse3.readdir_reply(
+                token, pyfuse3.FileNameT(os.fsencode(key)), _file_attributes(found), inode
+            ):
+                break
+
+    @handler
+    async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
+        """Sizes of the layers that are shown; nothing is free."""
+        total = 0
+        names = self._directory.names()
+        for key in names:
+            found = await self._directory.by_name(key)
+            total += found.size if found else 0
+        data = pyfuse3.StatvfsData()
+        data.f_bsize = data.f_frsize = 512
+        data.f_blocks = (total + 511) // 512
+        data.f_bfree = data.f_bavail = data.f_ffree = data.f_favail = 0
+        data.f_files = len(names) + 1
+        data.f_namemax = 255
+        return data
+
+
+def _root_attributes() -> pyfuse3.EntryAttributes:
+    entry = pyfuse3.EntryAttributes()
+    entry.st_ino = pyfuse3.ROOT_INODE
+    entry.st_mode = pyfuse3.ModeT(stat.S_IFDIR | 0o755)
+    # runc, fts and find take a directory with less than two links for a deleted one
+    entry.st_nlink = 2
+    entry.entry_timeout = FOREVER_S
+    entry.attr_timeout = FOREVER_S
+    return entry
+
+
+def _file_attributes(layer: LayerFile) -> pyfuse3.EntryAttributes:
+    entry = pyfuse3.EntryAttributes()
+    entry.st_ino = pyfuse3.InodeT(layer_inode(layer.key))
+    entry.st_mode = pyfuse3.ModeT(stat.S_IFREG | 0o444)
+    entry.st_nlink = 1
+    entry.st_size = layer.size
+    entry.st_blocks = (layer.size + 511) // 512
+    entry.st_blksize = 4096
+    entry.entry_timeout = FOREVER_S
+    entry.attr_timeout = FOREVER_S
+    return entry
+
+
+def raise_readahead(mountpoint: str, kib: int = READ_AHEAD_KIB) -> bool:
+    """Lets the kernel read ahead further than the 128 KiB that FUSE starts with.
+
+    Needs root and must not be called by the process that serves the mount, unless from a thread.
+    False, with a log entry, if the kernel does not offer it: reads are only slower then.
+    """
+    try:
+        device = os.stat(mountpoint).st_dev
+        path = f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb"
+        with open(path, "w") as file:
+            file.write(str(kib))
+    except OSError as exc:
+        log.info("%s: read-ahead stays as it is: %s", mountpoint, exc)
+        return False
+    return True
