@@ -1,8 +1,8 @@
 r"""Reads /proc/PID/mountinfo (proc(5)): what is mounted where, with which options.
 
 Names are str with surrogate escapes, as os.fsdecode gives them. The kernel writes space, tab,
-newline and backslash in names as `\ooo`; option values of overlayfs have an escaping of their own
-beneath that, which overlay_options.py undoes, not this module.
+newline and backslash in names as `\ooo`, and commas inside of super options too; overlayfs has an
+escaping of its own beneath that, which graft.py undoes, not this module.
 """
 
 import os
@@ -33,7 +33,7 @@ class Mount:
     propagation: str  # "shared:1 master:2", empty when private
     fstype: str
     source: str
-    super_options: str  # of the superblock, comma-separated, escapes of the kernel undone
+    super_options: "tuple[str, ...]"  # of the superblock: `name` or `name=value`
 
     def __init__(self, line: bytes) -> None:
         fields = line.split(b" ")
@@ -48,7 +48,8 @@ class Mount:
         self.propagation = os.fsdecode(b" ".join(fields[6:dash]))
         self.fstype = unescape(fields[dash + 1])
         self.source = unescape(fields[dash + 2])
-        self.super_options = unescape(b" ".join(fields[dash + 3 :]))
+        raw_options = b" ".join(fields[dash + 3 :]).split(b",")
+        self.super_options = tuple(unescape(option) for option in raw_options)
 
     def __repr__(self) -> str:
         return f"<Mount {self.mount_id} {self.fstype} at {self.mount_point!r}>"

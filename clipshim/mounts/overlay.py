@@ -1,0 +1,160 @@
+"""Overlay mounts: a plan that says what will be mounted, and carries it out.
+
+Kernel overlayfs through the new mount API, one layer a call, so that neither the number of layers
+nor their names meet the page that mount(2) cuts its options at; on kernels without it, mount(2)
+with short names. fuse-overlayfs when the configuration asks for it.
+"""
+
+import errno
+import os
+
+from clipshim.errors import MountError
+from clipshim.mounts import syscalls
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+# index=off: an upper directory reused with other lower layers must mount (a graft after an engine's
+# restart); metacopy=off: engines' diff and commit read files of the upper directory as whole.
+FIXED_OPTIONS = ("index=off", "metacopy=off")
+VOLATILE_FILE_SYSTEMS = {
+    syscalls.TMPFS_MAGIC: "tmpfs",
+    syscalls.RAMFS_MAGIC: "ramfs",
+}
+
+_CONFIG_STRING_BYTES = 255  # fs/fsopen.c: longer values of fsconfig are refused
+_ATTRIBUTES = {
+    "ro": (syscalls.MOUNT_ATTR_RDONLY, syscalls.MS_RDONLY),
+    "nosuid": (syscalls.MOUNT_ATTR_NOSUID, syscalls.MS_NOSUID),
+    "nodev": (syscalls.MOUNT_ATTR_NODEV, syscalls.MS_NODEV),
+    "noexec": (syscalls.MOUNT_ATTR_NOEXEC, syscalls.MS_NOEXEC),
+    "noatime": (syscalls.MOUNT_ATTR_NOATIME, syscalls.MS_NOATIME),
+}
+
+
+class OverlayPlan:
+    """One overlay mount. `lowers` from the uppermost to the lowest; no upper means read-only."""
+
+    __slots__ = ("lowers", "mount_options", "options", "source", "target", "upper", "work")
+
+    def __init__(
+        self,
+        target: str,
+        lowers: "Sequence[str]",
+        *,
+        upper: "str | None" = None,
+        work: "str | None" = None,
+        options: "Sequence[str]" = FIXED_OPTIONS,
+        mount_options: "Sequence[str]" = (),
+        source: str = "overlay",
+    ) -> None:
+        self.target = target
+        self.lowers = tuple(lowers)
+        self.upper = upper
+        self.work = work
+        self.options = tuple(options)
+        self.mount_options = tuple(mount_options)
+        self.source = source
+
+    def describe(self) -> str:
+        """One line for messages and logs."""
+        upper = f", upper {self.upper}" if self.upper else ""
+        return f"overlay at {self.target}: lower {':'.join(self.lowers)}{upper}"
+
+    def execute(self) -> None:
+        """Mounts it. Raises MountError."""
+        try:
+            try:
+                self._mount_new_api()
+            except OSError as exc:
+                # ENOSYS: before Linux 5.2; EINVAL: `lowerdir+` is of Linux 6.8
+                if exc.errno not in (errno.ENOSYS, errno.EINVAL):
+                    raise
+                self._mount_classic()
+        except OSError as exc:
+            raise MountError(f"{self.describe()}: {exc}") from exc
+
+    def _mount_new_api(self) -> None:
+        held: list[int] = []  # descriptors that stand for names too long for fsconfig
+
+        def name(path: str) -> str:
+            if len(os.fsencode(path)) <= _CONFIG_STRING_BYTES:
+                return path
+            held.append(os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
+            return f"/proc/self/fd/{held[-1]}"
+
+        context = syscalls.fsopen("overlay")
+        try:
+            syscalls.fsconfig_string(context, "source", self.source)
+            for lower in self.lowers:
+                syscalls.fsconfig_string(context, "lowerdir+", name(lower))
+            if self.upper and self.work:
+                syscalls.fsconfig_string(context, "upperdir", name(self.upper))
+                syscalls.fsconfig_string(context, "workdir", name(self.work))
+            for option in self.options:
+                key, equals, value = option.partition("=")
+                if equals:
+                    syscalls.fsconfig_string(context, key, value)
+                else:
+                    syscalls.fsconfig_flag(context, key)
+            syscalls.fsconfig_create(context)
+            attributes = 0
+            for option in self.mount_options:
+                attributes |= _ATTRIBUTES.get(option, (0, 0))[0]
+            mounted = syscalls.fsmount(context, attributes)
+        finally:
+            os.close(context)
+            for fd in held:
+                os.close(fd)
+        try:
+            syscalls.move_mount(mounted, "", syscalls.AT_FDCWD, self.target)
+        finally:
+            os.close(mounted)
+
+    def _mount_classic(self) -> None:
+        """mount(2) with /proc/self/fd/N for every name: short, and nothing to escape."""
+        held: list[int] = []
+
+        def name(path: str) -> str:
+            held.append(os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
+            return str(held[-1])
+
+        flags = 0
+        for option in self.mount_options:
+            flags |= _ATTRIBUTES.get(option, (0, 0))[1]
+        before = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            options = [f"lowerdir={':'.join(name(lower) for lower in self.lowers)}"]
+            if self.upper and self.work:
+                options += [f"upperdir={name(self.upper)}", f"workdir={name(self.work)}"]
+            options += self.options
+            os.chdir("/proc/self/fd")  # names become numbers: 1000 layers fit into one page
+            syscalls.mount(self.source, self.target, "overlay", flags, ",".join(options))
+        finally:
+            os.fchdir(before)
+            os.close(before)
+            for fd in held:
+                os.close(fd)
+
+
+def refuse_volatile(path: str, what: str) -> None:
+    """Raises MountError if a directory lies on tmpfs or ramfs, which a reboot or memory bounds."""
+    kind = VOLATILE_FILE_SYSTEMS.get(syscalls.fs_type(path))
+    if kind:
+        raise MountError(
+            f"{what} {path}: expected a persistent file system, found {kind}",
+            hint="set state_dir in the configuration to a directory on a disk",
+        )
+
+
+def fuse_overlayfs_command(plan: OverlayPlan, program: str) -> "list[str]":
+    """The command that mounts a plan with fuse-overlayfs, which then stays in the background."""
+    options = [f"lowerdir={':'.join(_escaped(lower) for lower in plan.lowers)}"]
+    if plan.upper and plan.work:
+        options += [f"upperdir={_escaped(plan.upper)}", f"workdir={_escaped(plan.work)}"]
+    return [program, "-o", ",".join(options), plan.target]
+
+
+def _escaped(path: str) -> str:
+    return path.replace("\\", "\\\\").replace(":", "\\:").replace(",", "\\,")
