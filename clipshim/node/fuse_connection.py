@@ -1,0 +1,117 @@
+"""A FUSE connection from open(2) of /dev/fuse to the answered FUSE_INIT, without libfuse.
+
+The keeper answers FUSE_INIT itself, so every server, the first one too, takes over a connection
+that is already initialised: there is no moment at which a killed server leaves it unknown whether
+the kernel has had its answer. Standard library only. Wire format: linux/fuse.h, protocol 7.
+"""
+
+import contextlib
+import errno
+import os
+import select
+import struct
+
+from clipshim.mounts import mountinfo, syscalls
+
+FUSE_INIT = 26
+FUSE_KERNEL_VERSION = 7
+FUSE_MINOR = 31  # what is spoken here; max_pages came with 7.28
+IN_HEADER = struct.Struct("<IIQQIIIHH")
+INIT_IN = struct.Struct("<IIII")
+OUT_HEADER = struct.Struct("<IiQ")
+INIT_OUT = struct.Struct("<IIIIHHIIHHI28x")
+READ_BUFFER = 64 << 10  # more than FUSE_MIN_READ_BUFFER
+
+FUSE_ASYNC_READ = 1 << 0
+FUSE_ATOMIC_O_TRUNC = 1 << 3
+FUSE_DO_READDIRPLUS = 1 << 13  # without _AUTO: pyfuse3 answers no plain READDIR
+FUSE_ASYNC_DIO = 1 << 15
+FUSE_PARALLEL_DIROPS = 1 << 18
+FUSE_MAX_PAGES = 1 << 22
+FUSE_CACHE_SYMLINKS = 1 << 23
+WANTED = (
+    FUSE_ASYNC_READ
+    | FUSE_ATOMIC_O_TRUNC
+    | FUSE_DO_READDIRPLUS
+    | FUSE_ASYNC_DIO
+    | FUSE_PARALLEL_DIROPS
+    | FUSE_MAX_PAGES
+    | FUSE_CACHE_SYMLINKS
+)
+MAX_PAGES = 256  # 1 MiB a request, the kernel's own bound
+MAX_WRITE = 128 << 10  # nothing is written; bounds the buffer a reader of the fd must bring
+# Readahead of a layer whose registry is dead holds background slots until it times out: with few
+# slots it would stop the readahead of every other layer.
+MAX_BACKGROUND = 4096
+INIT_TIMEOUT_MS = 30_000
+
+
+def mount_fuse(target: str, *, nosuid: bool) -> int:
+    """Mounts a new FUSE connection read-only at `target`; returns its descriptor, initialised.
+
+    Raises OSError; nothing stays mounted then.
+    """
+    fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+    try:
+        flags = syscalls.MS_RDONLY | syscalls.MS_NODEV | (syscalls.MS_NOSUID if nosuid else 0)
+        data = f"fd={fd},rootmode=40000,user_id=0,group_id=0,allow_other,default_permissions"
+        syscalls.mount("clipshim", target, "fuse.clipshim", flags, data)
+        try:
+            _answer_init(fd)
+        except BaseException:
+            syscalls.umount2(target, syscalls.MNT_DETACH)
+            raise
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _answer_init(fd: int) -> None:
+    poller = select.poll()
+    poller.register(fd, select.POLLIN)
+    if not poller.poll(INIT_TIMEOUT_MS):
+        raise TimeoutError(errno.ETIMEDOUT, "the kernel sent no FUSE_INIT")
+    request = os.read(fd, READ_BUFFER)
+    length, opcode, unique, *_ = IN_HEADER.unpack_from(request)
+    if opcode != FUSE_INIT or length != len(request):
+        raise OSError(errno.EPROTO, f"expected FUSE_INIT, got opcode {opcode}")
+    reply = init_reply(*INIT_IN.unpack_from(request, IN_HEADER.size))
+    os.write(fd, OUT_HEADER.pack(OUT_HEADER.size + len(reply), 0, unique) + reply)
+
+
+def init_reply(major: int, minor: int, max_readahead: int, flags: int) -> bytes:
+    """The body of the answer to a FUSE_INIT request with these fields."""
+    if major != FUSE_KERNEL_VERSION:
+        raise OSError(errno.EPROTO, f"expected FUSE protocol 7, got {major}.{minor}")
+    return INIT_OUT.pack(
+        FUSE_KERNEL_VERSION,
+        min(minor, FUSE_MINOR),
+        max_readahead,
+        WANTED & flags,
+        MAX_BACKGROUND,
+        MAX_BACKGROUND * 3 // 4,
+        MAX_WRITE,
+        1,  # time granularity: nanoseconds
+        MAX_PAGES if flags & FUSE_MAX_PAGES else 0,
+        0,
+        0,
+    )
+
+
+def is_alive(fd: int) -> bool:
+    """Whether the connection behind `fd` still has a mount; never blocks."""
+    poller = select.poll()
+    poller.register(fd, 0)
+    return not poller.poll(0)  # POLLERR: aborted or unmounted everywhere
+
+
+def set_readahead(target: str, kibibytes: int) -> None:
+    """Raises the kernel's readahead on the FUSE mount at `target`; does not touch the mount."""
+    mount = mountinfo.mount_at(target)
+    if mount is None:
+        return
+    major, minor = os.major(mount.device), os.minor(mount.device)
+    # slower, not wrong, without: sysfs may be read-only in a container
+    with contextlib.suppress(OSError), open(f"/sys/class/bdi/{major}:{minor}/read_ahead_kb", "w") as file:
+        file.write(str(kibibytes))

@@ -1,0 +1,154 @@
+"""The server's end of the control socket: requests to the keeper, its orders, and its death."""
+
+import json
+import logging
+import os
+import socket
+import subprocess
+from collections.abc import Awaitable, Callable
+
+import trio
+
+from clipshim.errors import DaemonError, MountError
+from clipshim.node.control import (
+    Message,
+    close_all,
+    control_pair,
+    receive_message,
+    send_message,
+)
+from clipshim.node.keeper import keeper_command
+
+log = logging.getLogger(__name__)
+
+REQUEST_TIMEOUT_S = 60.0
+
+
+class KeeperLink:
+    """Holds spare copies of all that the keeper holds, to start a new one if it dies."""
+
+    def __init__(
+        self,
+        control_fd: int,
+        spare: dict[str, int],
+        trees: dict[str, int],
+        on_order: Callable[[Message], Awaitable[None]],
+    ) -> None:
+        self._socket = self._prepared(socket.socket(fileno=control_fd))
+        self._spare = spare  # listener, layers, lock
+        self.trees = trees  # image ID -> FUSE connection
+        self._on_order = on_order
+        self._turn = trio.Lock()
+        self._answers: dict[int, tuple[Message, list[int]]] = {}
+        self._answered = trio.Condition()
+        self._next_id = 0
+        self.keeper_deaths = 0
+        self.leaving = False  # the daemon ends: a keeper that is gone is no accident
+
+    @staticmethod
+    def _prepared(sock: socket.socket) -> socket.socket:
+        sock.setblocking(False)
+        os.set_inheritable(sock.fileno(), False)
+        return sock
+
+    async def run(self) -> None:
+        """Reads what the keeper says; replaces it when it is gone."""
+        async with trio.open_nursery() as nursery:
+            while True:
+                try:
+                    await trio.lowlevel.wait_readable(self._socket)
+                    message, fds = receive_message(self._socket)
+                except BlockingIOError:
+                    continue
+                except (EOFError, ConnectionError):
+                    if self.leaving:
+                        return
+                    await self._start_keeper()
+                    continue
+                except ValueError:
+                    log.exception("keeper sent something else than a message")
+                    continue
+                if "id" in message:
+                    async with self._answered:
+                        self._answers[message["id"]] = (message, fds)
+                        self._answered.notify_all()
+                else:
+                    close_all(fds)
+                    nursery.start_soon(self._on_order, message)
+
+    async def _start_keeper(self) -> None:
+        self.keeper_deaths += 1
+        log.warning("keeper is gone, starting a new one")
+        ours, theirs = control_pair()
+        adoption = {"control": theirs.fileno(), "trees": self.trees} | self._spare
+        fds = [theirs.fileno(), *self._spare.values(), *self.trees.values()]
+        with theirs:
+            try:
+                subprocess.Popen(  # noqa: ASYNC220  # a fork; nothing is waited for
+                    keeper_command(adoption), stdin=subprocess.DEVNULL, pass_fds=fds
+                )
+            except OSError as exc:
+                ours.close()
+                log.error("keeper cannot be started: %s", exc)
+                await trio.sleep(1.0)  # back-off: out of processes or memory
+                return
+        self._socket.close()
+        self._socket = self._prepared(ours)
+        async with self._answered:  # who waits for the dead keeper's answer must ask again
+            self._answers.clear()
+            self._answered.notify_all()
+
+    async def ask(self, request: Message) -> list[int]:
+        """Sends a request; returns the descriptors of the answer. Raises DaemonError."""
+        async with self._turn:
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + REQUEST_TIMEOUT_S):
+                deaths = self.keeper_deaths
+                self._next_id += 1
+                number = self._next_id
+                try:
+                    send_message(self._socket, request | {"id": number})
+                except OSError as exc:
+                    raise DaemonError(f"keeper: {exc}") from exc
+                async with self._answered:
+                    while number not in self._answers:
+                        if self.keeper_deaths != deaths:
+                            raise DaemonError(f"keeper died during {request['op']}")
+                        await self._answered.wait()
+                    reply, fds = self._answers.pop(number)
+                if not reply.get("ok"):
+                    close_all(fds)
+                    raise DaemonError(f"keeper: {reply.get('error')}")
+                return fds
+        raise DaemonError(f"keeper: no answer to {request['op']}")
+
+    def tell(self, message: Message) -> None:
+        """Sends a message that needs no answer."""
+        try:
+            send_message(self._socket, message)
+        except OSError as exc:
+            log.warning("keeper: %s", exc)
+
+    async def mount_tree(self, image_id: str, target: str, config: dict[str, object]) -> None:
+        """Has the keeper show a tree in mode fuse. Raises MountError."""
+        request = {"op": "mount_tree", "image_id": image_id, "target": target, "config": config}
+        try:
+            fds = await self.ask(request)
+        except DaemonError as exc:
+            raise MountError(f"tree {image_id}: {exc.message}") from exc
+        if len(fds) != 1:
+            close_all(fds)
+            raise MountError(f"tree {image_id}: the keeper sent no connection")
+        self.trees[image_id] = fds[0]
+
+    async def unmount_tree(self, image_id: str) -> None:
+        """Has the keeper take a mode-fuse tree away."""
+        await self.ask({"op": "unmount_tree", "image_id": image_id})
+        fd = self.trees.pop(image_id, -1)
+        if fd >= 0:
+            os.close(fd)
+
+
+def parse_arguments(text: str) -> tuple[dict[str, int], dict[str, int], str]:
+    """fds, tree fds and generation as the keeper passes them."""
+    raw = json.loads(text)
+    return raw["fds"], raw["trees"], raw["generation"]

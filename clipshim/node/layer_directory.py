@@ -1,0 +1,177 @@
+"""The layers that this node shows, for the layers mount: opened when they are first read.
+
+A layer is known as soon as a tree that needs it is recorded, which costs nothing; its index is
+opened at the first read and closed again when nobody reads. So a hundred mounted images cost
+memory only for those in use, and a server that takes over answers at once.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import trio
+
+from clipshim.errors import ClipError, StoreError
+from clipshim.index.model import Index, open_index
+from clipshim.lazy.fetching import Fetching
+from clipshim.lazy.layer_reader import LayerReader
+from clipshim.lazy.layer_store import LayerStore
+from clipshim.lazy.layers_fs import layer_inode
+from clipshim.lazy.span_source import SpanSource
+
+log = logging.getLogger(__name__)
+
+IDLE_S = 120.0
+MAX_PROVIDERS = 4  # images asked for a layer's bytes, when one after the other fails
+
+SourceMaker = Callable[[Index, int, bool], SpanSource]
+
+
+@dataclass(frozen=True)
+class Provider:
+    """An index that describes a layer, and where in it."""
+
+    path: str
+    position: int
+    trusted: bool
+
+
+class ShownLayer:
+    """One layer file of the mount. Implements lazy.layers_fs.LayerFile."""
+
+    def __init__(self, key: str, size: int, directory: "LayerDirectory") -> None:
+        self.key = key
+        self.size = size
+        self.providers: dict[str, Provider] = {}  # by image ID
+        self.last_use = 0.0
+        self.busy = 0
+        self.reader: LayerReader | None = None
+        self.indexes: list[Index] = []
+        self._directory = directory
+        self._opening = trio.Lock()
+
+    async def read(self, offset: int, size: int) -> bytes | bytearray | memoryview:
+        """See LayerFile."""
+        self.busy += 1
+        try:
+            self.last_use = trio.current_time()
+            return await (await self.open()).read(offset, size)
+        finally:
+            self.busy -= 1
+
+    async def open(self) -> LayerReader:
+        """The reader; the caller keeps `busy` above zero as long as it uses it."""
+        if self.reader is None:
+            async with self._opening:
+                if self.reader is None:
+                    await self._directory.open_layer(self)
+        assert self.reader is not None
+        return self.reader
+
+
+class LayerDirectory:
+    """Implements lazy.layers_fs.LayerDirectory."""
+
+    def __init__(self, store: LayerStore, fetching: Fetching, make_source: SourceMaker) -> None:
+        self._store = store
+        self._fetching = fetching
+        self._make_source = make_source
+        self._by_name: dict[str, ShownLayer] = {}
+        self._by_inode: dict[int, ShownLayer] = {}
+        self.on_open: Callable[[LayerReader], None] = lambda _reader: None
+
+    def show(
+        self, image_id: str, index_path: str, layers: list[tuple[str, int]], *, trusted: bool
+    ) -> None:
+        """Shows the layers (key, size) of an image, in the order of its index."""
+        for position, (key, size) in enumerate(layers):
+            layer = self._by_name.get(key)
+            if layer is None:
+                layer = ShownLayer(key, size, self)
+                self._by_name[key] = self._by_inode[layer_inode(key)] = layer
+            layer.providers.setdefault(image_id, Provider(index_path, position, trusted))
+
+    def hide(self, image_id: str) -> None:
+        """Forgets an image; layers that no image needs vanish."""
+        for layer in list(self._by_name.values()):
+            layer.providers.pop(image_id, None)
+            if not layer.providers:
+                del self._by_name[layer.key], self._by_inode[layer_inode(layer.key)]
+                if not layer.busy:
+                    self._close(layer)
+
+    async def by_name(self, key: str) -> ShownLayer | None:
+        """See LayerDirectory."""
+        return self._by_name.get(key)
+
+    async def by_inode(self, inode: int) -> ShownLayer | None:
+        """See LayerDirectory."""
+        return self._by_inode.get(inode)
+
+    def get(self, key: str) -> ShownLayer | None:
+        """A layer that is shown."""
+        return self._by_name.get(key)
+
+    def names(self) -> list[str]:
+        """See LayerDirectory."""
+        return list(self._by_name)
+
+    def open_count(self) -> int:
+        """Layers whose index is open."""
+        return sum(layer.reader is not None for layer in self._by_name.values())
+
+    def readers(self) -> list[LayerReader]:
+        """The layers in use."""
+        return [layer.reader for layer in self._by_name.values() if layer.reader is not None]
+
+    async def open_layer(self, layer: ShownLayer) -> None:
+        """Makes the reader of a layer, with every image that has it as a source."""
+        reader: LayerReader | None = None
+        problem: ClipError | None = None
+        for provider in list(layer.providers.values())[:MAX_PROVIDERS]:
+            try:
+                index = await trio.to_thread.run_sync(open_index, provider.path)
+            except ClipError as exc:
+                log.error("layer %s: %s", layer.key, exc)
+                problem = exc
+                continue
+            try:
+                info = index.layers[provider.position]
+                if info.key != layer.key:
+                    raise StoreError(f"{provider.path}: layer {provider.position} has changed")
+                if reader is None:
+                    table = index.span_table(provider.position)
+                    stored = await trio.to_thread.run_sync(self._store.open, info, table)
+                    reader = LayerReader(info, table, stored, self._fetching)
+                reader.add_source(self._make_source(index, provider.position, provider.trusted))
+            except (ClipError, IndexError) as exc:
+                index.close()
+                log.error("layer %s: %s", layer.key, exc)
+                problem = exc if isinstance(exc, ClipError) else StoreError(str(exc))
+                continue
+            layer.indexes.append(index)
+        if reader is None:
+            raise problem or StoreError(f"layer {layer.key}: no index describes it")
+        layer.reader = reader
+        self.on_open(reader)
+
+    def close_idle(self) -> None:
+        """Closes what has not been read for a while."""
+        now = trio.current_time()
+        for layer in self._by_name.values():
+            if layer.reader is not None and not layer.busy and now - layer.last_use > IDLE_S:
+                self._close(layer)
+
+    def close(self) -> None:
+        """Closes everything."""
+        for layer in self._by_name.values():
+            self._close(layer)
+
+    def _close(self, layer: ShownLayer) -> None:
+        if layer.reader is None:
+            return
+        layer.reader = None
+        self._store.release(layer.key)
+        for index in layer.indexes:
+            index.close()
+        layer.indexes.clear()

@@ -1,0 +1,71 @@
+"""The daemon's log: the standard library's logging, one line an event, text or JSON, on stderr.
+
+Under systemd each text line begins with the priority that journald reads (sd-daemon(3)).
+"""
+
+import json
+import logging
+import os
+import sys
+import time
+
+_PRIORITY = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}
+_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
+
+
+def fields_of(record: logging.LogRecord) -> dict[str, object]:
+    """What the caller passed as extra=."""
+    return {key: value for key, value in vars(record).items() if key not in _STANDARD}
+
+
+class TextFormatter(logging.Formatter):
+    """`2026-01-02T03:04:05Z warning clipshim.node.keeper: message key=value`, always one line."""
+
+    def __init__(self, *, journal: bool) -> None:
+        super().__init__()
+        self._journal = journal
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One line."""
+        parts = [record.getMessage()]
+        parts += [f"{key}={value}" for key, value in fields_of(record).items()]
+        if record.exc_info:
+            parts.append(self.formatException(record.exc_info))
+        text = " ".join(parts).replace("\n", " | ")
+        if self._journal:
+            return f"<{_PRIORITY.get(record.levelname, 6)}>{record.name}: {text}"
+        return f"{_timestamp(record)} {record.levelname.lower()} {record.name}: {text}"
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line: time, level, logger, msg, and the extra fields."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One line."""
+        entry: dict[str, object] = {
+            "time": _timestamp(record),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "msg": record.getMessage(),
+        } | fields_of(record)
+        if record.exc_info:
+            entry["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(entry, default=str)
+
+
+def configure(log_format: str, level: str) -> None:
+    """Sends everything that is logged to stderr in the configured form."""
+    handler = logging.StreamHandler(sys.stderr)
+    if log_format == "json":
+        handler.setFormatter(JsonFormatter())
+    else:
+        handler.setFormatter(TextFormatter(journal="JOURNAL_STREAM" in os.environ))
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level.upper())
+    logging.raiseExceptions = False  # a closed stderr must not become an error of its own
+
+
+def _timestamp(record: logging.LogRecord) -> str:
+    whole = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+    return f"{whole}.{int(record.msecs):03d}Z"
