@@ -1,0 +1,57 @@
+"""From a command line's registry options to a RegistryAccess."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from clipshim.errors import UsageError
+from clipshim.registry.access import RegistryAccess
+from clipshim.registry.references import Reference, parse_image
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from clipshim.settings import Settings
+
+MAX_PASSWORD_BYTES = 1 << 20
+
+
+def registry_access(
+    settings: Settings,
+    image: str,
+    *,
+    plain_http: bool = False,
+    insecure: bool = False,
+    ca_file: Path | None = None,
+    authfile: Path | None = None,
+    username: str | None = None,
+    password_stdin: bool = False,
+) -> RegistryAccess:
+    """Access as configured, with what the command line adds for `image`'s registry.
+
+    Raises UsageError for options that need each other, BadReferenceError for a bad name.
+    """
+    if (username is None) != (not password_stdin):
+        raise UsageError(
+            "expected -u and --password-stdin together",
+            hint="echo $PASSWORD | clipshim … -u NAME --password-stdin",
+        )
+    password = None
+    if password_stdin:
+        password = sys.stdin.read(MAX_PASSWORD_BYTES).rstrip("\r\n")
+        if not password:
+            raise UsageError("expected a password on stdin, got nothing")
+    if ca_file is not None and not ca_file.is_file():
+        raise UsageError(f"--ca-file {ca_file}: no such file")
+    named = parse_image(image)
+    plain = frozenset({named.registry}) if plain_http and isinstance(named, Reference) else None
+    return RegistryAccess.from_settings(
+        settings,
+        authfile=str(authfile) if authfile else None,
+        username=username,
+        password=password,
+        plain_http=plain or frozenset(),
+        insecure=insecure,
+        ca_file=str(ca_file) if ca_file else None,
+    )

@@ -1,0 +1,151 @@
+"""Reads single files of an image through its index, without the node daemon.
+
+For /etc/passwd and /etc/group, when a bundle or a stub is made: a few spans are fetched, verified
+and thrown away. Not for bulk reading: nothing is cached.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import time
+from typing import TYPE_CHECKING
+
+from clipshim.errors import DigestError, NotFoundError, UsageError
+from clipshim.index.erofs_read import ErofsImage
+from clipshim.index.span_decode import decode_span
+from clipshim.registry.blobs import BlobReader, locate_blob
+
+if TYPE_CHECKING:
+    from clipshim.index.model import Index
+    from clipshim.registry.access import RegistryAccess
+
+MAX_FILE_BYTES = 4 << 20  # a passwd file of 40,000 accounts; more is no passwd file
+MAX_LINKS = 40  # what the kernel follows
+DEADLINE_S = 120.0
+
+
+class ImageFiles:
+    """Files of one image. Use as a context manager."""
+
+    def __init__(self, index: Index, access: RegistryAccess) -> None:
+        self._index = index
+        self._access = access
+        self._tree = index.tree()
+        self._image = ErofsImage(self._tree)
+        self._reader: BlobReader | None = None
+        self._spans: dict[tuple[int, int], bytes] = {}
+
+    def __enter__(self) -> ImageFiles:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._reader is not None:
+            self._reader.close()
+
+    def find(self, path: str | bytes) -> int | None:
+        """The inode number (nid) that an absolute `path` leads to, symlinks followed inside."""
+        return self._walk(path, follow_last=True)
+
+    def read(self, path: str, *, limit: int = MAX_FILE_BYTES) -> bytes | None:
+        """The content of a regular file, None when there is none at `path`.
+
+        Raises UsageError when it is larger than `limit`, DigestError when a span does not match.
+        """
+        nid = self._walk(path, follow_last=True)
+        if nid is None:
+            return None
+        facts = self._image.stat(nid)
+        if not stat.S_ISREG(facts.mode):
+            return None
+        if facts.size > limit:
+            raise UsageError(f"{path} of {self._index.reference}: larger than {limit} bytes")
+        content = bytearray()
+        for device, offset, length in self._image.extents(nid, 0, facts.size):
+            if device < 0:
+                content += bytes(length)
+            elif device == 0:
+                content += self._tree[offset : offset + length]
+            else:
+                content += self._layer_bytes(device - 1, offset, length)
+        return bytes(content[: facts.size])
+
+    def read_required(self, path: str, *, limit: int = MAX_FILE_BYTES) -> bytes:
+        """As read, but raises NotFoundError when there is no such file."""
+        content = self.read(path, limit=limit)
+        if content is None:
+            raise NotFoundError(f"{path}: no such file in {self._index.reference}")
+        return content
+
+    def _walk(self, path: str | bytes, *, follow_last: bool) -> int | None:
+        image = self._image
+        pending = [part for part in os.fsencode(path).split(b"/") if part]
+        trail = [image.root_nid]
+        links = 0
+        while pending:
+            name = pending.pop(0)
+            if name == b".":
+                continue
+            if name == b"..":
+                if len(trail) > 1:
+                    trail.pop()
+                continue
+            if not stat.S_ISDIR(image.stat(trail[-1]).mode):
+                return None
+            nid = image.lookup(trail[-1], name)
+            if nid is None:
+                return None
+            if stat.S_ISLNK(image.stat(nid).mode) and (pending or follow_last):
+                links += 1
+                if links > MAX_LINKS:
+                    return None
+                target = image.readlink(nid)
+                if target.startswith(b"/"):
+                    trail = [image.root_nid]
+                pending = [part for part in target.split(b"/") if part] + pending
+                continue
+            trail.append(nid)
+        return trail[-1]
+
+    def _layer_bytes(self, layer: int, offset: int, length: int) -> bytes:
+        table = self._index.span_table(layer)
+        content = bytearray()
+        end = offset + length
+        while offset < end:
+            number = table.find(offset)
+            span = table[number]
+            data = self._span(layer, number)
+            begin = offset - span.uncompressed_offset
+            part = data[begin : begin + end - offset]
+            content += part
+            offset += len(part)
+        return bytes(content)
+
+    def _span(self, layer: int, number: int) -> bytes:
+        known = self._spans.get((layer, number))
+        if known is not None:
+            return known
+        span = self._index.span_table(layer)[number]
+        compressed = self._fetch(layer, span.compressed_offset, span.compressed_size)
+        window = self._index.window(layer, span) if span.window is not None else None
+        data = decode_span(span.kind, span.bits, window, compressed, span.uncompressed_size)
+        found = hashlib.sha256(data).digest()
+        if found != span.digest:
+            raise DigestError(
+                f"layer {self._index.layers[layer].diff_id}: span {number}: "
+                f"expected digest {span.digest.hex()}, got {found.hex()}",
+                hint="the registry returned other bytes than were indexed: index the image again",
+            )
+        self._spans[(layer, number)] = data
+        return data
+
+    def _fetch(self, layer: int, start: int, length: int) -> bytes:
+        if self._index.has_blobs:
+            fd, offset, _size = self._index.blob(layer)
+            return os.pread(fd, length, offset + start)
+        if self._reader is None:
+            self._reader = BlobReader(self._access)
+        info = self._index.layers[layer]
+        blob = locate_blob(self._index.reference, info.blob_digest, info.blob_size, info.urls)
+        return self._reader.read_range(blob, start, length, deadline=time.monotonic() + DEADLINE_S)

@@ -1,0 +1,77 @@
+"""Indexes by the names that users give: a file, a digest, or an image of the local store."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from clipshim.errors import NotFoundError, StoreError
+from clipshim.index.model import Index, open_index
+from clipshim.node.images import ImageNames
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from clipshim.settings import Settings
+
+DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+
+
+def is_index_file(name: str) -> bool:
+    """Whether `name` means a file rather than an image: by its ending, or because it is there."""
+    return name.endswith(".clip") or ("/" in name and os.path.isfile(name))
+
+
+def open_named(settings: Settings, name: str) -> Index:
+    """Opens the index that `name` means. Raises NotFoundError, IndexFormatError."""
+    return open_index(path_of(settings, name))
+
+
+def path_of(settings: Settings, name: str) -> Path:
+    """The file of the index that `name` means."""
+    if is_index_file(name):
+        if not os.path.exists(name):
+            raise NotFoundError(
+                f"index {name}: no such file", hint="make it: clipshim index IMAGE " + name
+            )
+        return Path(name)
+    store = ImageNames(settings)
+    digest = name if DIGEST.fullmatch(name) else store.find(name)
+    if digest is None:
+        raise NotFoundError(
+            f"image {name}: no index of it in {settings.index_store}",
+            hint=f"make or fetch it: clipshim index {name}, clipshim pull {name}",
+        )
+    path = Path(store.path(digest))
+    if not path.exists():
+        raise NotFoundError(f"index {digest}: not in {settings.index_store}")
+    return path
+
+
+@contextmanager
+def destination(settings: Settings, output: Path | None) -> Iterator[Path]:
+    """Where an index is to be written: `output`, or a passing file in the local store."""
+    if output is not None:
+        yield output
+        return
+    try:
+        os.makedirs(settings.index_store, mode=0o700, exist_ok=True)
+    except PermissionError as exc:
+        raise StoreError(
+            f"local store {settings.index_store}: {exc.strerror}",
+            hint="run it as root, or name an OUTPUT.clip",
+        ) from exc
+    with tempfile.TemporaryDirectory(prefix=".new-", dir=settings.index_store) as directory:
+        yield Path(directory, "index.clip")
+
+
+def finish(settings: Settings, path: Path, reference: str, output: Path | None) -> Path:
+    """The index's final path: as asked for, or in the local store under the image's name."""
+    if output is not None:
+        return output
+    store = ImageNames(settings)
+    return Path(store.adopt(str(path), reference))

@@ -1,0 +1,34 @@
+"""`clipshim mount INDEX DIR`: shows an image's tree at a directory, by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from clipshim.cli.options import Format, Mode, OutputFormat, Quiet
+from clipshim.cli.terminal import print_json, print_note
+
+
+def command(
+    index: Annotated[str, typer.Argument(help="An index file, or an image in the local store.")],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="An existing directory.")],
+    mode: Annotated[Mode, typer.Option("--mode", help="How the tree is shown.")] = Mode.AUTO,
+    output: Format = OutputFormat.TABLE,
+    quiet: Quiet = False,
+) -> None:
+    """Mount the tree of an index at a directory, read-only and lazily loaded.
+
+    \b
+    clipshim mount app.clip /mnt
+    stat /mnt/proc
+    clipshim umount /mnt
+    """
+    from clipshim.cli.library import mount_index  # only when it runs: the daemon's client
+
+    mounted = mount_index(index, directory, mode=mode.value)
+    if output is OutputFormat.JSON:
+        print_json(mounted.describe())
+    elif not quiet:
+        print_note(f"{mounted.reference} is at {mounted.directory}, mode {mounted.mode}")

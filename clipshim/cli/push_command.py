@@ -1,0 +1,56 @@
+"""`clipshim push INDEX IMAGE`: stores an index beside its image in the registry."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from clipshim.cli.options import (
+    AuthFile,
+    CaFile,
+    Format,
+    Insecure,
+    OutputFormat,
+    PasswordStdin,
+    PlainHttp,
+    Quiet,
+    Username,
+)
+from clipshim.cli.terminal import print_fields, print_json
+
+
+def command(
+    index: Annotated[str, typer.Argument(help="An index file, or an image in the local store.")],
+    image: Annotated[str, typer.Argument(help="The image that the index is of.")],
+    plain_http: PlainHttp = False,
+    insecure: Insecure = False,
+    ca_file: CaFile = None,
+    authfile: AuthFile = None,
+    username: Username = None,
+    password_stdin: PasswordStdin = False,
+    quiet: Quiet = False,
+    output: Format = OutputFormat.TABLE,
+) -> None:
+    """Push an index as a referrer of its image: nodes find it there by the image's name.
+
+    The image itself is not touched.
+
+    \b
+    clipshim push app.clip registry.example.com/app:1.0
+    """
+    from clipshim.cli.access import registry_access
+    from clipshim.cli.images import path_of
+    from clipshim.registry.artifacts import push_index
+    from clipshim.settings import load_settings
+
+    settings = load_settings()
+    access = registry_access(
+        settings, image, plain_http=plain_http, insecure=insecure, ca_file=ca_file,
+        authfile=authfile, username=username, password_stdin=password_stdin,
+    )  # fmt: skip
+    digest = push_index(path_of(settings, index), image, access=access)
+    if output is OutputFormat.JSON:
+        print_json({"image": image, "manifest_digest": digest})
+    elif not quiet:
+        print_fields([("pushed", f"{image} <- {digest}")])

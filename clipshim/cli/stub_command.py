@@ -1,0 +1,127 @@
+"""`clipshim stub IMAGE [TARGET]`: a small ordinary image that stands for a big one."""
+
+from __future__ import annotations
+
+import enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from clipshim.cli.options import (
+    AuthFile,
+    CaFile,
+    Format,
+    Insecure,
+    OutputFormat,
+    PasswordStdin,
+    PlainHttp,
+    Platform,
+    Quiet,
+    Username,
+)
+from clipshim.cli.terminal import human_size, print_fields, print_json, print_note
+from clipshim.errors import UsageError
+
+if TYPE_CHECKING:
+    from clipshim.index.model import Index
+    from clipshim.registry.access import RegistryAccess
+
+ACCOUNT_FILES = ("/etc/passwd", "/etc/group")
+
+
+class ArchiveFormat(enum.StrEnum):
+    """What `-o` writes."""
+
+    OCI = "oci-archive"
+    DOCKER = "docker-archive"
+
+
+class Load(enum.StrEnum):
+    """Where `--load` puts the stub."""
+
+    DOCKER = "docker"
+    PODMAN = "podman"
+    CONTAINERD = "containerd"
+
+
+def command(
+    image: Annotated[str, typer.Argument(metavar="IMAGE|INDEX", help="What the stub stands for.")],
+    target: Annotated[
+        str | None, typer.Argument(metavar="[TARGET]", help="Where to push the stub.")
+    ] = None,
+    archive: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write an archive.")
+    ] = None,
+    archive_format: Annotated[
+        ArchiveFormat, typer.Option("--archive-format", help="Of -o.")
+    ] = ArchiveFormat.OCI,
+    load: Annotated[
+        Load | None, typer.Option("--load", help="Put it into an engine of this machine.")
+    ] = None,
+    name: Annotated[
+        str | None,
+        typer.Option("--name", help="The stub's name in the archive or engine; default IMAGE-lazy"),
+    ] = None,
+    platform: Platform = None,
+    plain_http: PlainHttp = False,
+    insecure: Insecure = False,
+    ca_file: CaFile = None,
+    authfile: AuthFile = None,
+    username: Username = None,
+    password_stdin: PasswordStdin = False,
+    quiet: Quiet = False,
+    output: Format = OutputFormat.TABLE,
+) -> None:
+    """Make a stub: an image of a few hundred kB that engines pull instead of the big one.
+
+    With `runtime: clipshim` its containers see the whole image; the rest is fetched as it is
+    read. The image itself stays where it is.
+
+    \b
+    clipshim stub registry.example.com/app:1.0 registry.example.com/app:1.0-lazy
+    clipshim stub registry.example.com/app:1.0 --load docker --name app:lazy
+    docker run --runtime clipshim app:lazy
+    """
+    if target is None and archive is None and load is None:
+        raise UsageError(
+            "expected a TARGET to push to, -o FILE or --load ENGINE", hint="clipshim stub --help"
+        )
+    from clipshim.cli import engine_load
+    from clipshim.cli.access import registry_access
+    from clipshim.cli.images import opened_or_made
+    from clipshim.settings import load_settings
+
+    settings = load_settings()
+    access = registry_access(
+        settings, target or image, plain_http=plain_http, insecure=insecure, ca_file=ca_file,
+        authfile=authfile, username=username, password_stdin=password_stdin,
+    )  # fmt: skip
+    with opened_or_made(settings, image, platform=platform, access=access, quiet=quiet) as index:
+        stub = build(index, access)
+        label = name or engine_load.stub_name(index.reference)
+        facts: dict[str, Any] = {"image": index.reference, "size": stub.size, "name": label}
+        if target is not None:
+            facts["pushed"] = target
+            facts["manifest_digest"] = stub.push(target, access)
+        if archive is not None:
+            stub.write(archive, archive_format.value, label)
+            facts["archive"] = str(archive)
+        if load is not None:
+            engine_load.load(load.value, stub, label)
+            facts["loaded"] = load.value
+    if output is OutputFormat.JSON:
+        print_json(facts)
+    elif not quiet:
+        print_note(f"a stub of {human_size(facts['size'])} stands for {facts['image']}")
+        print_fields([(key, value) for key, value in facts.items() if key not in ("image", "size")])
+
+
+def build(index: Index, access: RegistryAccess) -> Any:
+    """The stub of an index, with the image's passwd and group as the image has them."""
+    from clipshim.cli.image_files import ImageFiles
+    from clipshim.registry.stubs import build_stub
+
+    with ImageFiles(index, access) as files:
+        accounts = {path: files.entry(path) for path in ACCOUNT_FILES}
+    return build_stub(index, {path: entry for path, entry in accounts.items() if entry})
