@@ -102,7 +102,7 @@ def canonical_image(text: str) -> str:
 
 
 def parse_reference(text: str, *, default_tag: str | None = "latest") -> Reference:
-    """A registry reference in Docker's normalised form: `ubuntu` is docker.io/library/ubuntu:latest.
+    """A registry reference in Docker's form: `ubuntu` is docker.io/library/ubuntu:latest.
 
     `default_tag` is taken where neither tag nor digest is given. Raises BadReferenceError.
     """
@@ -138,7 +138,7 @@ def parse_reference(text: str, *, default_tag: str | None = "latest") -> Referen
 
 
 def check_digest(text: str) -> str:
-    """`text` if it is sha256:<64 hex>; else BadReferenceError. Guards every use in a path or URL."""
+    """`text` if it is sha256:<64 hex>, else BadReferenceError: before a path or URL is made."""
     if not _DIGEST.fullmatch(text):
         raise BadReferenceError(f"expected a sha256 digest, got {text[:100]!r}")
     return text
@@ -153,12 +153,8 @@ def is_loopback(host: str) -> bool:
 def split_port(host: str) -> tuple[str, int | None]:
     """host[:port] taken apart; brackets of IPv6 addresses stay."""
     name, colon, port = host.rpartition(":")
-    if (
-        colon
-        and port.isdigit()
-        and not name.endswith(":")
-        and (name.count(":") == 0 or "]" in name)
-    ):
+    bracketed = name.startswith("[") and name.endswith("]")
+    if colon and port.isdigit() and (bracketed or ":" not in name):
         return name, int(port)
     return host, None
 
@@ -196,13 +192,11 @@ def _parse_archive(scheme: str, rest: str) -> ArchiveReference:
 def _refuse_path(text: str) -> None:
     if not text:
         raise BadReferenceError("expected an image name, got an empty string")
-    looks_like_path = text.startswith(("/", "./", "../", "~")) or text in (".", "..")
-    if not looks_like_path and not os.path.exists(text):
-        return
-    if not looks_like_path and not os.path.isdir(text) and not text.endswith((".tar", ".clip")):
-        return
-    if os.path.isdir(text) and not looks_like_path and not _is_layout(text):
-        return  # a directory called ubuntu beside the user does not make `ubuntu` a path
+    if not text.startswith(("/", "./", "../", "~")) and text not in (".", ".."):
+        # A directory or program called ubuntu beside the user does not make `ubuntu` a path.
+        archive = os.path.isfile(text) and ("/" in text or text.endswith((".tar", ".clip")))
+        if not archive and not _is_layout(text):
+            return
     raise BadReferenceError(
         f"image {text!r}: expected a registry reference or SCHEME:PATH, got a file-system path",
         hint=_scheme_hint(text),
