@@ -233,7 +233,10 @@ class StoredLayer:
             if span not in self._suspects:
                 return self.has(span)
         digest = hashlib.sha256()
-        position, end = entry.uncompressed_offset, entry.uncompressed_offset + entry.uncompressed_size
+        position, end = (
+            entry.uncompressed_offset,
+            entry.uncompressed_offset + entry.uncompressed_size,
+        )
         with contextlib.suppress(OSError):
             while position < end:
                 piece = self._pread(position, min(HASH_PIECE, end - position), nowait=False)
@@ -338,9 +341,7 @@ class StoredLayer:
 
     def present(self) -> list[int]:
         """The spans that an eviction could take."""
-        return [
-            span for span in range(len(self.spans)) if self._bits[span >> 3] >> (span & 7) & 1
-        ]
+        return [span for span in range(len(self.spans)) if self._bits[span >> 3] >> (span & 7) & 1]
 
     def mark_complete(self) -> None:
         """The caller has hashed all of it. Makes that durable. Raises StoreError if it is not."""

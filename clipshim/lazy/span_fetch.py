@@ -1,0 +1,151 @@
+"""One attempt to fetch a run of spans: ranged request, decoding, verification, storing.
+
+Runs in a thread. A range that is longer than one request is fetched in pieces while it is
+decoded, so memory holds a piece and a span, whatever the size of a zstd frame.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from clipshim.errors import ClipError, DigestError, LayerError, SpanDecodeError
+from clipshim.index.span_decode import decode_group
+from clipshim.lazy.flight import RUN_BYTES
+from clipshim.lazy.stored_layer import StoreFullError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from clipshim.index.span_table import SpanTable
+    from clipshim.lazy.flight import Part
+    from clipshim.lazy.span_source import SpanSource
+    from clipshim.lazy.stored_layer import StoredLayer
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Attempt:
+    """What an attempt came to. `bad` spans were refused; `cause` is why the fetch itself failed."""
+
+    bad: dict[int, LayerError] = field(default_factory=dict)
+    cause: ClipError | None = None
+    requests: int = 0
+    fetched_bytes: int = 0
+    uncached_spans: int = 0
+    landed: int = 0
+
+
+def memory_needed(table: SpanTable, run: list[Part]) -> int:
+    """An upper bound of what an attempt holds at a time."""
+    compressed = min(run[-1].end - run[0].start, RUN_BYTES)
+    largest = max(table[span].uncompressed_size for part in run for span in part.spans)
+    return compressed + 2 * largest
+
+
+def fetch_run(
+    source: SpanSource,
+    table: SpanTable,
+    stored: StoredLayer,
+    run: list[Part],
+    wanted: set[int],
+    land: Callable[[int, bytes, bool], None],
+    deadline_s: float,
+) -> Attempt:
+    """Fetches the `wanted` spans of a run; `land` gets each as soon as it was verified.
+
+    `deadline_s` is for each request: long ranges take several.
+    Never raises for what sources and disks do.
+    """
+    attempt = Attempt()
+    whole: bytes | None = None
+    start = run[0].start
+    try:
+        if run[-1].end - start <= RUN_BYTES:
+            whole = _fetch(source, start, run[-1].end - start, deadline_s, attempt)
+        for part in run:
+            if whole is None:
+                chunks = _pieces(source, part, deadline_s, attempt)
+            else:
+                chunks = iter((whole[part.start - start : part.end - start],))
+            _decode_part(source, table, stored, part, chunks, wanted, land, attempt)
+    except ClipError as exc:
+        attempt.cause = exc
+    except OSError as exc:
+        attempt.cause = LayerError(f"{source.name}: {exc}")
+    return attempt
+
+
+def _fetch(
+    source: SpanSource, start: int, length: int, deadline_s: float, attempt: Attempt
+) -> bytes:
+    attempt.requests += 1
+    data = source.fetch(start, length, time.monotonic() + deadline_s)
+    if len(data) != length:
+        raise LayerError(f"{source.name}: bytes {start}+{length}: got {len(data)} bytes")
+    attempt.fetched_bytes += length
+    return data
+
+
+def _pieces(source: SpanSource, part: Part, deadline_s: float, attempt: Attempt) -> Iterator[bytes]:
+    position = part.start
+    while position < part.end:
+        length = min(RUN_BYTES, part.end - position)
+        yield _fetch(source, position, length, deadline_s, attempt)
+        position += length
+
+
+def _decode_part(
+    source: SpanSource,
+    table: SpanTable,
+    stored: StoredLayer,
+    part: Part,
+    chunks: Iterator[bytes],
+    wanted: set[int],
+    land: Callable[[int, bytes, bool], None],
+    attempt: Attempt,
+) -> None:
+    needed = [span for span in part.spans if span in wanted]
+    if not needed:
+        return
+    leader = table[part.spans.start]
+    spans = range(part.spans.start, needed[-1] + 1)
+    pending = set(needed)
+    try:
+        window = source.window(leader)
+        sizes = [table[span].uncompressed_size for span in spans]
+        decoded = decode_group(leader.kind, leader.bits, window, chunks, sizes)
+        for span, data in zip(spans, decoded, strict=True):
+            if span not in pending:
+                continue
+            digest = hashlib.sha256(data).digest()
+            if digest != table[span].digest:
+                raise DigestError(
+                    f"layer {stored.key}: span {span}: expected digest"
+                    f" {table[span].digest.hex()}, got {digest.hex()} from {source.name}"
+                )
+            pending.discard(span)
+            attempt.landed += 1
+            land(span, data, _store(stored, span, data, attempt))
+    except (DigestError, SpanDecodeError) as exc:
+        # what follows in the same range comes from the same bad bytes
+        attempt.bad.update(dict.fromkeys(pending, exc))
+
+
+def _store(stored: StoredLayer, span: int, data: bytes, attempt: Attempt) -> bool:
+    if stored.has(span):
+        return True
+    try:
+        stored.put(span, data)
+    except StoreFullError:
+        attempt.uncached_spans += 1
+        return False
+    except (ClipError, OSError) as exc:
+        log.error("layer %s: span %d cannot be stored: %s", stored.key, span, exc)
+        attempt.uncached_spans += 1
+        return False
+    return True
