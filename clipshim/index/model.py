@@ -16,6 +16,7 @@ import zstandard
 
 from clipshim.errors import IndexFormatError, SpanDecodeError
 from clipshim.index.clip_format import ClipFile
+from clipshim.index.erofs_read import ErofsImage
 from clipshim.index.span_table import (
     MAX_LAYER_SIZE,
     MAX_WINDOW,
@@ -165,7 +166,10 @@ class Index:
         self.reference: str = image["reference"]
         self.manifest_digest: str = image["manifest_digest"]
         self.platform: str = image["platform"]
-        self.config_raw: bytes = image["config"].encode()
+        try:
+            self.config_raw: bytes = image["config"].encode()
+        except UnicodeEncodeError as exc:  # a lone surrogate
+            raise self._bad("image: config is not text") from exc
         if len(self.reference) > 4096 or not self.reference.isprintable():
             raise self._bad("image: unusable reference")
         if not _DIGEST.fullmatch(self.manifest_digest):
@@ -217,10 +221,10 @@ class Index:
             if not isinstance(row.get(field), str) or not _DIGEST.fullmatch(row[field]):
                 raise self._bad(f"layer {i}: {field} is not a sha256 digest")
         media_type, urls = row.get("media_type"), row.get("urls", [])
-        if not isinstance(media_type, str) or len(media_type) > 256:
+        if not isinstance(media_type, str) or not _is_plain(media_type):
             raise self._bad(f"layer {i}: media_type is not a short string")
-        if not isinstance(urls, list) or not all(isinstance(url, str) for url in urls):
-            raise self._bad(f"layer {i}: urls is not a list of strings")
+        if not isinstance(urls, list) or not all(_is_plain(url) for url in urls):
+            raise self._bad(f"layer {i}: urls is not a list of short strings")
         compression = _COMPRESSIONS.get(str(row.get("compression")))
         if compression is None:
             raise self._bad(f"layer {i}: unknown compression {row.get('compression')!r}")
@@ -253,8 +257,6 @@ class Index:
                 raise self._bad(f"blob.{i}: expected {layer.blob_size} bytes of layer {i}")
 
     def _check_tree(self) -> None:
-        from clipshim.index.erofs_read import ErofsImage
-
         image = ErofsImage(self.tree())
         if image.device_count != len(self.layers):
             raise self._bad(f"tree: expected {len(self.layers)} devices, got {image.device_count}")
@@ -281,6 +283,10 @@ def open_index(path_or_fd: str | os.PathLike[str] | int) -> Index:
     except BaseException:
         clip.close()
         raise
+
+
+def _is_plain(value: object) -> bool:
+    return isinstance(value, str) and len(value) <= 8192 and value.isascii() and value.isprintable()
 
 
 def _load_json(clip: ClipFile, name: str) -> Any:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 import zlib
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, BinaryIO, Final, cast
 
 import zstandard
 from isal import isal_zlib
@@ -32,6 +32,7 @@ GZIP_MAGIC: Final = b"\x1f\x8b"
 ZSTD_MAX_WINDOW: Final = 128 << 20
 _PIECE = 64 << 10
 _TRAILER = 8
+_ERRORS: Final = cast("tuple[type[Exception], ...]", (isal_zlib.error, zlib.error))
 
 # Non-final deflate blocks without content, as (number of bits, bits with the first one lowest).
 _FIXED = (10, 0b0000000_01_0)  # RFC 1951: BFINAL 0, BTYPE 01, the end of block code 0000000
@@ -120,7 +121,7 @@ def _plain(chunks: Iterable[bytes], sizes: Sequence[int]) -> Iterator[bytes]:
 
 def _zstd(chunks: Iterable[bytes], sizes: Sequence[int]) -> Iterator[bytes]:
     decompressor = zstandard.ZstdDecompressor(max_window_size=ZSTD_MAX_WINDOW)
-    source = _Chunks(chunks)
+    source = cast("BinaryIO", _Chunks(chunks))  # only its read() is used
     with decompressor.stream_reader(
         source, read_size=_PIECE, read_across_frames=True, closefd=False
     ) as reader:
@@ -181,7 +182,7 @@ class GzipRange:
 
     def read(self, size: int) -> bytes:
         """`size` bytes, fewer only at the end of the range. Raises SpanDecodeError."""
-        parts = []
+        parts: list[bytes] = []
         while size:
             if not self._input and not self._full:
                 self._input = self._source.read(_PIECE) if parts else self._source.read_all(size)
@@ -189,7 +190,7 @@ class GzipRange:
                     break
             try:
                 part = self._decoder.decompress(self._input, size)
-            except (isal_zlib.error, zlib.error) as exc:
+            except _ERRORS as exc:
                 raise SpanDecodeError(f"gzip: {exc}") from exc
             self._full = len(part) == size
             size -= len(part)
