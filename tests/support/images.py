@@ -86,7 +86,7 @@ def run(*command: str | os.PathLike[str], **options: Any) -> str:
     if result.returncode != 0:
         words = " ".join(str(word) for word in command)
         raise RuntimeError(f"{words}: exit {result.returncode}\n{result.stdout[-4000:]}")
-    return result.stdout
+    return str(result.stdout)
 
 
 def _discard(draft: Path) -> None:

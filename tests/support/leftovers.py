@@ -75,7 +75,13 @@ def _belongs(pid: int, root: bytes, run: bytes) -> bool:
     below = root + b"/"
     if any(below in entry for entry in environment):
         return True
-    return below in _read(f"/proc/{pid}/cmdline")
+    if below in _read(f"/proc/{pid}/cmdline"):
+        return True
+    # A process in a container: its root is an overlay over, or a directory in, the run's root.
+    for line in _read(f"/proc/{pid}/mountinfo").splitlines():
+        if line.split(b" ", 5)[4] == b"/":
+            return below in line
+    return False
 
 
 def processes_of(root: Path) -> list[int]:
@@ -111,6 +117,15 @@ def _loops_below(root: Path) -> list[str]:
     return found
 
 
+def remove_cgroup_parent(root: Path) -> None:
+    """Removes the run's own cgroup, under which its containers had theirs, if it is empty."""
+    for parent in Path("/sys/fs/cgroup").glob(f"**/{root.name}"):
+        try:
+            parent.rmdir()
+        except OSError:
+            continue  # not empty: that is what the check is about
+
+
 def _cgroups_named(name: str) -> list[str]:
     """Cgroup directories named after the run, the innermost first."""
     found = []
@@ -141,6 +156,7 @@ def wait_until_gone(root: Path, deadline_s: float) -> Leftovers:
     """Looks until nothing is left or the deadline has passed; answers what is left then."""
     end = time.monotonic() + deadline_s
     while True:
+        remove_cgroup_parent(root)
         left = find(root)
         if not left.lines() or time.monotonic() > end:
             return left
