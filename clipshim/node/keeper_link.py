@@ -32,12 +32,11 @@ class KeeperLink:
         control_fd: int,
         spare: dict[str, int],
         trees: dict[str, int],
-        on_order: Callable[[Message], Awaitable[None]],
     ) -> None:
         self._socket = self._prepared(socket.socket(fileno=control_fd))
         self._spare = spare  # listener, layers, lock
         self.trees = trees  # image ID -> FUSE connection
-        self._on_order = on_order
+        self.on_order: Callable[[Message], Awaitable[None]] = _ignore
         self._turn = trio.Lock()
         self._answers: dict[int, tuple[Message, list[int]]] = {}
         self._answered = trio.Condition()
@@ -74,7 +73,7 @@ class KeeperLink:
                         self._answered.notify_all()
                 else:
                     close_all(fds)
-                    nursery.start_soon(self._on_order, message)
+                    nursery.start_soon(self.on_order, message)
 
     async def _start_keeper(self) -> None:
         self.keeper_deaths += 1
@@ -146,6 +145,10 @@ class KeeperLink:
         fd = self.trees.pop(image_id, -1)
         if fd >= 0:
             os.close(fd)
+
+
+async def _ignore(message: Message) -> None:
+    log.warning("keeper: order %r came too early", message.get("op"))
 
 
 def parse_arguments(text: str) -> tuple[dict[str, int], dict[str, int], str]:

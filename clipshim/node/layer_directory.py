@@ -57,7 +57,13 @@ class ShownLayer:
             self.last_use = trio.current_time()
             return await (await self.open()).read(offset, size)
         finally:
-            self.busy -= 1
+            self.unused()
+
+    def unused(self) -> None:
+        """Takes back one `busy`; what nobody shows any more is closed then."""
+        self.busy -= 1
+        if not self.busy and not self.providers:
+            self._directory.close_layer(self)
 
     async def open(self) -> LayerReader:
         """The reader; the caller keeps `busy` above zero as long as it uses it."""
@@ -78,6 +84,7 @@ class LayerDirectory:
         self._make_source = make_source
         self._by_name: dict[str, ShownLayer] = {}
         self._by_inode: dict[int, ShownLayer] = {}
+        self._leaving: set[ShownLayer] = set()  # hidden while something of them was in flight
         self.on_open: Callable[[LayerReader], None] = lambda _reader: None
 
     def show(
@@ -89,7 +96,7 @@ class LayerDirectory:
             if layer is None:
                 layer = ShownLayer(key, size, self)
                 self._by_name[key] = self._by_inode[layer_inode(key)] = layer
-            layer.providers.setdefault(image_id, Provider(index_path, position, trusted))
+            layer.providers[image_id] = Provider(index_path, position, trusted)
 
     def hide(self, image_id: str) -> None:
         """Forgets an image; layers that no image needs vanish."""
@@ -97,8 +104,7 @@ class LayerDirectory:
             layer.providers.pop(image_id, None)
             if not layer.providers:
                 del self._by_name[layer.key], self._by_inode[layer_inode(layer.key)]
-                if not layer.busy:
-                    self._close(layer)
+                self.close_layer(layer)
 
     async def by_name(self, key: str) -> ShownLayer | None:
         """See LayerDirectory."""
@@ -143,7 +149,10 @@ class LayerDirectory:
                     table = index.span_table(provider.position)
                     stored = await trio.to_thread.run_sync(self._store.open, info, table)
                     reader = LayerReader(info, table, stored, self._fetching)
-                reader.add_source(self._make_source(index, provider.position, provider.trusted))
+                source = await trio.to_thread.run_sync(
+                    self._make_source, index, provider.position, provider.trusted
+                )
+                reader.add_source(source)
             except (ClipError, IndexError) as exc:
                 index.close()
                 log.error("layer %s: %s", layer.key, exc)
@@ -158,18 +167,34 @@ class LayerDirectory:
     def close_idle(self) -> None:
         """Closes what has not been read for a while."""
         now = trio.current_time()
-        for layer in self._by_name.values():
-            if layer.reader is not None and not layer.busy and now - layer.last_use > IDLE_S:
-                self._close(layer)
+        idle = [la for la in self._by_name.values() if now - la.last_use > IDLE_S]
+        for layer in (*idle, *self._leaving):
+            self.close_layer(layer)
 
     def close(self) -> None:
         """Closes everything."""
-        for layer in self._by_name.values():
+        for layer in (*self._by_name.values(), *self._leaving):
             self._close(layer)
+
+    def refresh(self, image_id: str) -> None:
+        """Has the layers of an image opened anew, with what is known now, where nobody reads."""
+        for layer in self._by_name.values():
+            if image_id in layer.providers:
+                self.close_layer(layer)
+
+    def close_layer(self, layer: ShownLayer) -> None:
+        """Closes a layer, once nobody reads or fetches it; the next read opens it again."""
+        if layer.busy or (layer.reader is not None and layer.reader.is_busy):
+            if not layer.providers:
+                self._leaving.add(layer)
+            return
+        self._leaving.discard(layer)
+        self._close(layer)
 
     def _close(self, layer: ShownLayer) -> None:
         if layer.reader is None:
             return
+        self._fetching.total.add(layer.reader.statistics)
         layer.reader = None
         self._store.release(layer.key)
         for index in layer.indexes:

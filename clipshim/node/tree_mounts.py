@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 import trio
 
 from clipshim.errors import ClipError, MountError
-from clipshim.index.model import LayerInfo, open_index
+from clipshim.index.model import Index, open_index
 from clipshim.mounts import mountinfo
 from clipshim.node.images import ImageFacts, ImageNames
 from clipshim.node.keeper_link import KeeperLink
@@ -94,7 +94,7 @@ class TreeMounts:
         worker: MountClient,
         keeper: KeeperLink,
         generation: str,
-        device_of: Callable[[LayerInfo], str | None],
+        device_of: Callable[[Index, int], str | None],
     ) -> None:
         self._settings = settings
         self._images = images
@@ -244,12 +244,12 @@ class TreeMounts:
         with open_index(request.path) as index:
             tree_path = self._records.write_tree(facts.image_id, index.tree())
             layers = index.layers
-        devices, pinned = [], []
-        for layer in layers:
-            own = self._device_of(layer)
-            if own is not None:
-                pinned.append(layer.key)
-            devices.append(own or f"{self._settings.layers_mount}/{layer.key}")
+            devices, pinned = [], []
+            for i, layer in enumerate(layers):
+                own = self._device_of(index, i)
+                if own is not None:
+                    pinned.append(layer.key)
+                devices.append(own or f"{self._settings.layers_mount}/{layer.key}")
         record = TreeRecord(
             image_id=facts.image_id,
             digest=facts.digest,
@@ -274,8 +274,8 @@ class TreeMounts:
         assert tree.record is not None
         tree.record = replace(tree.record, trusted=True)
         self._records.write(tree.record)
-        self._layers.hide(tree.image_id)
         self._show(tree.record)
+        self._layers.refresh(tree.image_id)
 
     # Releasing
 
@@ -320,6 +320,14 @@ class TreeMounts:
                 await self._unmount_now(tree)
                 gone.append(tree.image_id)
         return gone
+
+    async def abandon(self) -> None:
+        """Detaches every tree that is left: the daemon is being stopped by force."""
+        for tree in list(self.trees.values()):
+            async with tree.lock:
+                if tree.state is State.MOUNTED:
+                    log.warning("abandoning a tree in use", extra={"image_id": tree.image_id})
+                    await self._unmount_now(tree)
 
     async def _unmount_now(self, tree: Tree) -> None:
         assert tree.record is not None

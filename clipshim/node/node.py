@@ -1,0 +1,178 @@
+"""What a server is made of, put together: stores, layers, trees, resolver. No protocol here."""
+
+import contextlib
+import logging
+import os
+import time
+from collections.abc import AsyncIterator
+
+import trio
+
+from clipshim.errors import ClipError, StoreError
+from clipshim.index.model import Index, open_index
+from clipshim.lazy.fetching import Fetching
+from clipshim.lazy.layer_reader import LayerReader
+from clipshim.lazy.layer_store import LayerStore
+from clipshim.lazy.span_source import BlobSource, EmbeddedSource, SpanSource
+from clipshim.node.containers import read_containers
+from clipshim.node.hand_mounts import HandMounts
+from clipshim.node.images import ImageNames
+from clipshim.node.keeper_link import KeeperLink
+from clipshim.node.layer_directory import LayerDirectory, ShownLayer
+from clipshim.node.mount_client import MountClient
+from clipshim.node.resolver import Resolver
+from clipshim.node.tree_mounts import TreeMounts
+from clipshim.node.tree_records import TreeRecord, TreeRecords
+from clipshim.registry.access import RegistryAccess
+from clipshim.registry.blobs import BlobReader, locate_blob
+from clipshim.registry.references import Reference, parse_image
+from clipshim.settings import Settings
+
+log = logging.getLogger(__name__)
+
+
+class Node:
+    """The state of one server."""
+
+    def __init__(
+        self, settings: Settings, nursery: trio.Nursery, keeper: KeeperLink, generation: str
+    ) -> None:
+        self.settings = settings
+        self.nursery = nursery
+        self.keeper = keeper
+        self.started = time.time()
+        self.images = ImageNames(settings)
+        self.store = LayerStore(
+            settings.layer_store,
+            limit_bytes=settings.cache_bytes,
+            min_free_bytes=settings.min_free_bytes,
+        )
+        self.fetching = Fetching(nursery, settings)
+        self.resolver = Resolver(settings, self.images)
+        self.layers = LayerDirectory(self.store, self.fetching, self._make_source)
+        self.worker = MountClient(settings.run_dir)
+        self.records = TreeRecords(settings.state_dir)
+        self.hand_mounts = HandMounts(settings.run_dir)
+        self.trees = TreeMounts(
+            settings,
+            self.images,
+            self.records,
+            self.layers,
+            self.worker,
+            keeper,
+            generation,
+            self._complete_device,
+        )
+        self.trees.on_gone = self._unpin
+        # one reader with the node's credentials, one without any
+        self._blobs: dict[bool, BlobReader] = {}
+        self._pinned: set[tuple[str, str]] = set()  # image ID, key
+
+    # Sources of bytes
+
+    def _make_source(self, index: Index, position: int, trusted: bool) -> SpanSource:
+        """Where the bytes of a layer come from. May search a local archive. Raises ClipError."""
+        if index.has_blobs:
+            return EmbeddedSource(index, position)
+        if not trusted:
+            self.resolver.check_source(index)
+        layer = index.layers[position]
+        blob = locate_blob(index.reference, layer.blob_digest, layer.blob_size, layer.urls)
+        reference = parse_image(index.reference)
+        service = reference.server if isinstance(reference, Reference) else str(reference)
+        return BlobSource(index, position, self._blob_reader(trusted), blob, service)
+
+    def _blob_reader(self, trusted: bool) -> BlobReader:
+        with_credentials = trusted or self.settings.node_credentials
+        found = self._blobs.get(with_credentials)
+        if found is None:
+            access = RegistryAccess.from_settings(self.settings, anonymous=not with_credentials)
+            found = self._blobs[with_credentials] = BlobReader(access)
+        return found
+
+    def registry_statistics(self) -> list[dict[str, object]]:
+        """Of every blob reader in use."""
+        return [reader.statistics() for reader in self._blobs.values()]
+
+    # Complete layers as devices of their own
+
+    def _complete_device(self, index: Index, position: int) -> str | None:
+        """The store's file of a complete layer, pinned; None if it is not complete."""
+        info = index.layers[position]
+        if not os.path.exists(f"{self.store.directory}/{info.key}/complete"):
+            return None
+        stored = self.store.open(info, index.span_table(position))
+        try:
+            if not stored.is_complete:
+                return None
+            if (index.image_id, info.key) not in self._pinned:
+                self.store.pin(info.key)
+                self._pinned.add((index.image_id, info.key))
+            return stored.data_path
+        finally:
+            self.store.release(info.key)
+
+    def _unpin(self, record: TreeRecord) -> None:
+        for layer in record.layers:
+            if (record.image_id, layer.key) in self._pinned:
+                self._pinned.discard((record.image_id, layer.key))
+                self.store.unpin(layer.key)
+
+    def pin_again(self, record: TreeRecord) -> None:
+        """After a restart: what is used directly must not be evicted. Blocking."""
+        if not record.pinned:
+            return
+        try:
+            with open_index(self.images.path(record.digest)) as index:
+                for position, layer in enumerate(index.layers):
+                    if layer.key in record.pinned:
+                        self._complete_device(index, position)
+        except (ClipError, OSError) as exc:
+            log.warning("tree %s: %s", record.image_id, exc)
+
+    # Life
+
+    async def take_over(self, records: list[TreeRecord]) -> None:
+        """Finds what is mounted and who uses it."""
+        await self.trees.take_over(records)
+        for container in await trio.to_thread.run_sync(read_containers, self.settings.run_dir):
+            if container.image_id:
+                self.trees.hold(container.image_id, container.text("key") or container.cid)
+        for hold, image_id in self.hand_mounts.all().items():
+            self.trees.hold(image_id, hold)
+        for tree in list(self.trees.trees.values()):
+            if tree.record is not None:
+                await trio.to_thread.run_sync(self.pin_again, tree.record)
+
+    async def keep_house(self) -> None:
+        """Unmounts what lingered long enough, closes what is idle, syncs the store."""
+        pause = max(0.2, min(5.0, self.settings.linger_s / 4))
+        while True:
+            await trio.sleep(pause)
+            try:
+                await self.trees.unmount_idle(self.settings.linger_s)
+                self.layers.close_idle()
+                await trio.to_thread.run_sync(self.store.sync)
+            except (ClipError, OSError) as exc:
+                log.error("housekeeping: %s", exc)
+
+    @contextlib.asynccontextmanager
+    async def opened(self, key: str) -> AsyncIterator[LayerReader]:
+        """The reader of a shown layer, kept open in the block."""
+        layer: ShownLayer | None = self.layers.get(key)
+        if layer is None:
+            raise StoreError(f"layer {key}: not shown")
+        layer.busy += 1
+        try:
+            yield await layer.open()
+        finally:
+            layer.last_use = trio.current_time()
+            layer.unused()
+
+    def close(self) -> None:
+        """Orderly end: what is marked is on the disk."""
+        self.layers.close()
+        for reader in self._blobs.values():
+            reader.close()
+        self.store.close()
+        self.worker.close()

@@ -1,0 +1,95 @@
+"""The requests that the server answers, each a method. The protocol itself is rpc.py's."""
+
+import logging
+import os
+from typing import Any
+
+from clipshim import __version__
+from clipshim.errors import UsageError
+from clipshim.node.keeper_state import read_state
+from clipshim.node.node import Node
+from clipshim.node.rpc import Handler, Request
+from clipshim.node.server_life import ServerLife
+from clipshim.node.tree_mounts import MountRequest
+
+log = logging.getLogger(__name__)
+
+
+class Operations:
+    """The table of requests."""
+
+    def __init__(self, node: Node, life: ServerLife) -> None:
+        self._node = node
+        self._life = life
+
+    def table(self) -> dict[str, Handler]:
+        """Operation by name."""
+        return {
+            "ping": self.ping,
+            "mount": self.mount,
+            "release": self.release,
+            "stop": self.stop,
+            "replace": self.replace,
+        }
+
+    async def ping(self, request: Request) -> dict[str, Any]:
+        """Who answers."""
+        state = read_state(self._node.settings.run_dir)
+        return {
+            "version": __version__,
+            "pid": os.getpid(),
+            "keeper_pid": state.keeper.pid if state and state.keeper else None,
+            "start_time": self._node.started,
+        }
+
+    async def mount(self, request: Request) -> dict[str, Any]:
+        """Has a tree mounted, holds it, and sends a descriptor of it."""
+        node = self._node
+        container = request.optional_text("container")
+        by_hand = request.flag("hold")
+        if by_hand and container is None:
+            raise UsageError("mount: hold: expected a name in container")
+        mode = request.optional_text("mode") or node.settings.mode
+        resolved = await node.resolver.resolve(
+            request.fields.get("source"), request.fds, request.progress
+        )
+        facts = resolved.facts
+        tree = await node.trees.mount(
+            MountRequest(facts, resolved.path, container, mode, resolved.trusted)
+        )
+        try:
+            request.reply_fds.append(await node.trees.clone(tree))
+            if by_hand and container is not None:
+                node.hand_mounts.add(container, facts.image_id)
+        except BaseException:
+            if container is not None:
+                node.trees.release(container)
+            raise
+        assert tree.record is not None
+        return {
+            "image_id": facts.image_id,
+            "index_digest": facts.digest,
+            "reference": facts.reference,
+            "mode": tree.record.mode,
+            "tree": node.trees.target(facts.image_id),
+            "has_proc": facts.has_proc,
+            "has_usr": facts.has_usr,
+            "top_symlinks": facts.top_symlinks,
+        }
+
+    async def release(self, request: Request) -> dict[str, Any]:
+        """A container or a mount by hand is gone. Idempotent."""
+        container = request.text("container")
+        self._node.trees.release(container)
+        self._node.hand_mounts.remove(container)
+        return {}
+
+    async def stop(self, request: Request) -> dict[str, Any]:
+        """Ends the daemon, unless containers need it."""
+        await self._life.stop(force=request.flag("force"), leave=False)
+        return {}
+
+    async def replace(self, request: Request) -> dict[str, Any]:
+        """Has keeper and server started anew, from the code that is installed now."""
+        await self._node.keeper.ask({"op": "replace"})
+        return {}

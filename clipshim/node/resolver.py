@@ -1,0 +1,262 @@
+"""From what a container or a user names to an index in the local store, within the policy.
+
+A container's annotation, stub or environment is hostile: what it may name, and whether the node's
+credentials may be used for it, is decided here. Blocking work runs in threads.
+"""
+
+import contextlib
+import fnmatch
+import logging
+import os
+import secrets
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+import trio
+
+from clipshim.errors import (
+    BadReferenceError,
+    ClipError,
+    NotFoundError,
+    PolicyError,
+    RegistryError,
+    UsageError,
+)
+from clipshim.index.erofs_read import ErofsImage
+from clipshim.index.model import Index, open_index
+from clipshim.index.tree_check import check_tree
+from clipshim.node.images import ImageFacts, ImageNames
+from clipshim.registry.access import RegistryAccess
+from clipshim.registry.references import Reference, canonical_image, parse_image
+from clipshim.settings import Settings
+
+log = logging.getLogger(__name__)
+
+OWNER_ORIGIN = "file:"  # an index from index_dirs or the command line, which the owner vouches for
+FRESH_S = 300.0  # that a found index of a tag is used without asking the registry again
+INDEXING_TIMEOUT_S = 3600.0
+
+Progress = Callable[[dict[str, Any]], Awaitable[None]]
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """An index in the local store, checked."""
+
+    facts: ImageFacts
+    path: str
+    trusted: bool
+
+
+class Resolver:
+    """Finds, fetches, makes and checks indexes; one piece of work for all who ask at once."""
+
+    def __init__(self, settings: Settings, images: ImageNames) -> None:
+        self._settings = settings
+        self._images = images
+        self._found: dict[tuple[str, bool], tuple[str, float]] = {}  # digest, when
+        self._locks: dict[str, trio.Lock] = {}
+        self.indexing_s: Callable[[float], None] = lambda _seconds: None
+
+    async def resolve(self, source: Any, fds: list[int], progress: Progress) -> Resolved:
+        """Raises NotFoundError, PolicyError, IndexFormatError, RegistryError, UsageError."""
+        if not isinstance(source, dict):
+            raise UsageError("mount: source: expected an object")
+        if source.get("fd"):
+            origin = source.get("origin")
+            if len(fds) != 1 or not isinstance(origin, str):
+                raise UsageError("mount: source fd: expected one descriptor and its origin")
+            digest = await trio.to_thread.run_sync(self._images.add, fds[0])
+            return await self._checked(digest, trusted=origin.startswith(OWNER_ORIGIN))
+        if isinstance(source.get("digest"), str):
+            digest = source["digest"]
+            self._images.existing_path(digest)
+            # asked for by digest: whoever knows it may have it, as with a registry's blobs
+            return await self._checked(digest, trusted=self._images.is_named(digest))
+        if isinstance(source.get("image"), str):
+            return await self._by_image(
+                source["image"], bool(source.get("engine_named")), progress
+            )
+        raise UsageError("mount: source: expected fd, digest or image")
+
+    async def _by_image(self, image: str, engine_named: bool, progress: Progress) -> Resolved:
+        reference = parse_image(image)
+        if not isinstance(reference, Reference):
+            raise PolicyError(
+                f"image {image}: containers may name registries only",
+                hint="index it into the local store and name it by digest, or use index_dirs",
+            )
+        if not engine_named:  # the engine has pulled what it names, or would have
+            self._check_registry(reference)
+        name = canonical_image(image)
+        local = await trio.to_thread.run_sync(self._images.find, name)
+        if local is not None:
+            return await self._checked(local, trusted=True)
+        with_credentials = engine_named or self._settings.node_credentials
+        key = (name, with_credentials)
+        async with self._locks.setdefault(name, trio.Lock()):
+            found = self._found.get(key)
+            if found and trio.current_time() - found[1] < FRESH_S and self._images.has(found[0]):
+                return await self._checked(found[0], trusted=with_credentials)
+            try:
+                digest = await self._from_registry(name, with_credentials, engine_named, progress)
+            except RegistryError:
+                if found and self._images.has(found[0]):  # an older answer beats none
+                    log.warning("registry does not answer, using the last index of %s", name)
+                    return await self._checked(found[0], trusted=with_credentials)
+                raise
+            self._found[key] = (digest, trio.current_time())
+            return await self._checked(digest, trusted=with_credentials)
+
+    async def _from_registry(
+        self, name: str, with_credentials: bool, engine_named: bool, progress: Progress
+    ) -> str:
+        if engine_named and not self._registry_allowed(parse_image(name)):
+            raise NotFoundError(f"image {name}: no index of it in the local store")
+        access = RegistryAccess.from_settings(self._settings, anonymous=not with_credentials)
+        await progress({"message": f"looking for an index of {name}"})
+        try:
+            return await trio.to_thread.run_sync(self._pull, name, access)
+        except NotFoundError:
+            if engine_named or not self._settings.index_on_demand:
+                raise NotFoundError(
+                    f"image {name}: no index of it in the local store or its registry",
+                    hint=f"make one: clipshim index {name}; or set index_on_demand = true",
+                ) from None
+        await progress({"message": f"indexing {name}"})
+        return await self._index(name, with_credentials)
+
+    def _pull(self, name: str, access: RegistryAccess) -> str:
+        from clipshim.registry.artifacts import pull_index  # oras only when it is needed
+
+        os.makedirs(self._images.directory, mode=0o700, exist_ok=True)
+        path = f"{self._images.directory}/.new-{secrets.token_hex(8)}"
+        try:
+            pull_index(name, path, platform=None, access=access)
+            return self._take_in(path, name)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+
+    def _take_in(self, path: str, name: str) -> str:
+        """Adds a file whose image must be the one asked for: the artifact is hostile too."""
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            with open_index(fd) as index:
+                if _repository(index.reference) != _repository(name):
+                    raise PolicyError(
+                        f"image {name}: its index is of {index.reference}",
+                        hint="push an index made of this repository",
+                    )
+            return self._images.add(fd)
+        finally:
+            os.close(fd)
+
+    async def _index(self, name: str, with_credentials: bool) -> str:
+        """Indexes in a process of its own: decoding is the most exposed code, and it is hungry."""
+        os.makedirs(self._images.directory, mode=0o700, exist_ok=True)
+        path = f"{self._images.directory}/.new-{secrets.token_hex(8)}"
+        started = time.monotonic()
+        command = [sys.executable, "-I", "-m", "clipshim.node.index_worker", name, path]
+        if not with_credentials:
+            command.append("--anonymous")
+        try:
+            with trio.fail_after(INDEXING_TIMEOUT_S):
+                done = await trio.run_process(
+                    command, capture_stderr=True, capture_stdout=True, check=False
+                )
+            if done.returncode:
+                lines = done.stderr.decode(errors="replace").strip().splitlines()
+                raise RegistryError(
+                    f"image {name}: indexing failed: {lines[-1] if lines else done.returncode}"
+                )
+            self.indexing_s(time.monotonic() - started)
+            return await trio.to_thread.run_sync(self._take_in, path, name)
+        except (trio.TooSlowError, subprocess.SubprocessError, OSError) as exc:
+            raise RegistryError(f"image {name}: indexing failed: {exc or 'too slow'}") from exc
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+
+    # Policy
+
+    def _registry_allowed(self, image: object) -> bool:
+        if not isinstance(image, Reference):
+            return False
+        patterns = self._settings.allowed_registries
+        return any(fnmatch.fnmatchcase(image.registry, pattern) for pattern in patterns)
+
+    def _check_registry(self, reference: Reference) -> None:
+        if not self._registry_allowed(reference):
+            raise PolicyError(
+                f"image {reference}: registry {reference.registry} is not allowed",
+                hint="allowed_registries in the configuration",
+            )
+
+    def check_source(self, index: Index) -> None:
+        """Whether an untrusted index may have its bytes fetched. Raises PolicyError."""
+        if index.has_blobs:
+            return
+        with contextlib.suppress(BadReferenceError):
+            reference = parse_image(index.reference)
+            if isinstance(reference, Reference):
+                self._check_registry(reference)
+                return
+        raise PolicyError(f"index of {index.reference}: containers may name registries only")
+
+    # Check
+
+    async def _checked(self, digest: str, *, trusted: bool) -> Resolved:
+        facts = await trio.to_thread.run_sync(self._images.facts, digest)
+        path = self._images.path(digest)
+        if facts is None:
+            facts = await trio.to_thread.run_sync(self.check, digest)
+        if not trusted and not _is_registry(facts.reference):
+            await trio.to_thread.run_sync(self._check_untrusted, path)
+        elif not trusted:
+            reference = parse_image(facts.reference)
+            assert isinstance(reference, Reference)
+            self._check_registry(reference)
+        return Resolved(facts, path, trusted)
+
+    def _check_untrusted(self, path: str) -> None:
+        with open_index(path) as index:
+            self.check_source(index)
+
+    def check(self, digest: str) -> ImageFacts:
+        """Checks an index in full and keeps the verdict. Blocking."""
+        with open_index(self._images.existing_path(digest)) as index:
+            if index.digest != digest:
+                raise NotFoundError(f"index {digest}: the file holds {index.digest}")
+            tree = check_tree(ErofsImage(index.tree()), [layer.size for layer in index.layers])
+            facts = ImageFacts(
+                image_id=index.image_id,
+                digest=digest,
+                reference=index.reference,
+                has_proc=tree.has_proc,
+                has_usr=tree.has_usr,
+                top_symlinks={
+                    os.fsdecode(name): os.fsdecode(target)
+                    for name, target in tree.top_symlinks.items()
+                },
+            )
+        self._images.keep_facts(facts)
+        return facts
+
+
+def _repository(name: str) -> str:
+    with contextlib.suppress(ClipError):
+        reference = parse_image(name)
+        if isinstance(reference, Reference):
+            return reference.name
+    return name
+
+
+def _is_registry(name: str) -> bool:
+    with contextlib.suppress(BadReferenceError):
+        return isinstance(parse_image(name), Reference)
+    return False

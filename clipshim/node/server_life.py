@@ -1,0 +1,61 @@
+"""How a server ends: stopped for good, or making room for its successor."""
+
+import logging
+
+import trio
+
+from clipshim.errors import ClipError, DaemonError
+from clipshim.node.control import Message
+from clipshim.node.keeper_link import KeeperLink
+from clipshim.node.tree_mounts import TreeMounts
+
+log = logging.getLogger(__name__)
+
+
+class ServerLife:
+    """Decides on stops. `scope` is cancelled when the server is to end."""
+
+    def __init__(self, keeper: KeeperLink, scope: trio.CancelScope) -> None:
+        self._keeper = keeper
+        self._scope = scope
+        self.trees: TreeMounts | None = None  # set when recovery is over
+
+    async def stop(self, *, force: bool, leave: bool) -> None:
+        """Ends the daemon. Raises DaemonError if trees are in use, unless forced or left mounted.
+
+        `leave`: what is in use stays mounted for the next daemon (systemd keeps the connections).
+        """
+        assert self.trees is not None
+        in_use = self.trees.in_use()
+        if in_use and not force and not leave:
+            raise DaemonError(
+                f"not stopped: in use by {', '.join(in_use[:5])}"
+                + (f" and {len(in_use) - 5} more" if len(in_use) > 5 else ""),
+                hint="stop the containers first; an upgrade needs `clipshim daemon --replace` only",
+            )
+        try:
+            await self.trees.unmount_idle(0.0)
+        except ClipError as exc:
+            log.error("stopping: %s", exc)
+        if not leave:
+            await self.trees.abandon()
+        self._keeper.leaving = True
+        await self._keeper.ask({"op": "stop", "leave": leave and bool(in_use)})
+        log.info("stopping", extra={"left_mounted": len(in_use)})
+        self.end_soon()
+
+    def end_soon(self) -> None:
+        """Ends this server; the answer that is being written still goes out."""
+        self._scope.deadline = min(self._scope.deadline, trio.current_time() + 0.2)
+
+    async def on_order(self, message: Message) -> None:
+        """What the keeper wants."""
+        if message.get("op") != "stop":
+            log.warning("keeper: unknown order %r", message.get("op"))
+            return
+        try:
+            await self.stop(force=bool(message.get("force")), leave=bool(message.get("leave")))
+        except DaemonError as exc:
+            log.error("%s", exc)
+            assert self.trees is not None
+            self._keeper.tell({"op": "refuse_stop", "in_use": self.trees.in_use()[:20]})
