@@ -92,6 +92,11 @@ class LayerReader:
         """Where bytes come from."""
         return list(self._sources)
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether something is being fetched, for readers or ahead of them."""
+        return bool(self._flights)
+
     # -- reading
 
     async def read(self, offset: int, size: int) -> Data:
