@@ -71,7 +71,7 @@ def command(
     clipshim bundle app.clip app --user nobody --host-network
     """
     from clipshim.cli.access import registry_access
-    from clipshim.cli.images import is_index_file, open_named
+    from clipshim.cli.images import opened_or_made, registry_name
     from clipshim.settings import load_settings
 
     settings = load_settings()
@@ -80,33 +80,22 @@ def command(
         raise UsageError(
             f"{directory}: there is a bundle already", hint="name another DIR, or give --force"
         )
-    if is_index_file(image):
-        opened = open_named(settings, image)
-        reference = opened.reference
-    else:
-        reference = image
-        opened = None
     access = registry_access(
-        settings, reference, plain_http=plain_http, insecure=insecure, ca_file=ca_file,
-        authfile=authfile, username=username, password_stdin=password_stdin,
+        settings, registry_name(settings, image), plain_http=plain_http, insecure=insecure,
+        ca_file=ca_file, authfile=authfile, username=username, password_stdin=password_stdin,
     )  # fmt: skip
-    directory.mkdir(parents=True, exist_ok=True)
-    target = directory / INDEX_NAME
-    if opened is None:
-        _fetch_index(image, target, platform=platform, access=access, quiet=quiet)
-    else:
-        with opened:
-            from clipshim.cli.images import path_of
-
-            _copy(path_of(settings, image), target)
-
-    from clipshim.index.model import open_index
-
-    with open_index(target) as index:
+    with opened_or_made(settings, image, platform=platform, access=access, quiet=quiet) as (
+        path,
+        index,
+    ):
         spec = bundle_spec(
             index, access, arguments=arguments or [], user=user, entrypoint=entrypoint,
             terminal=terminal, host_network=host_network,
         )  # fmt: skip
+        reference = index.reference
+        directory.mkdir(parents=True, exist_ok=True)
+        target = directory / INDEX_NAME
+        _copy(path, target)
     (directory / "rootfs").mkdir(exist_ok=True)
     _write_json(config_path, spec)
     facts = {
@@ -151,28 +140,6 @@ def bundle_spec(
         # As runc spec does: a cgroup name space only where cgroup v2 is the whole hierarchy.
         cgroup_namespace=os.path.exists("/sys/fs/cgroup/cgroup.controllers"),
     )
-
-
-def _fetch_index(
-    image: str, target: Path, *, platform: str | None, access: RegistryAccess, quiet: bool
-) -> None:
-    """The image's index: from the local store when it is there, else made now."""
-    from clipshim.cli.images import path_of
-    from clipshim.cli.terminal import progress_bars
-    from clipshim.errors import NotFoundError
-    from clipshim.index.builder import BuildOptions, build_index
-    from clipshim.registry.sources import open_source
-    from clipshim.settings import load_settings
-
-    if platform is None:
-        try:
-            _copy(path_of(load_settings(), image), target)
-            return
-        except NotFoundError:
-            pass  # not indexed yet
-    source = open_source(image, platform=platform, access=access)
-    with progress_bars(quiet=quiet) as progress:
-        build_index(source, target, BuildOptions(), progress)
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -54,25 +54,24 @@ def run_checks(registries: Sequence[str]) -> list[Finding]:
     except ClipError as exc:
         findings.append(Finding(Level.BROKEN, "configuration", exc.message, exc.hint))
         settings = Settings()
-    checks = (
-        check_kernel(),
-        check_root(),
-        check_fuse(),
-        check_directories(settings),
-        check_overlay(settings),
-        check_erofs(settings),
-        check_runtime(settings),
-        check_daemon(settings),
-        check_mounts(settings),
-        check_orphans(settings),
-        check_namespaces(settings),
-        check_registries(settings, registries),
-    )
-    for check in checks:
+    checks = {
+        "kernel": check_kernel(),
+        "user": check_root(),
+        "fuse": check_fuse(),
+        "directories": check_directories(settings),
+        "overlay": check_overlay(settings),
+        "erofs": check_erofs(settings),
+        "runtime": check_runtime(settings),
+        "daemon": check_daemon(settings),
+        "mounts": check_mounts(settings),
+        "orphans": check_orphans(settings),
+        "namespaces": check_namespaces(settings),
+        "registry": check_registries(settings, registries),
+    }
+    for name, check in checks.items():
         try:
             findings.extend(check)
         except (OSError, ClipError) as exc:
-            name = check.__name__.removeprefix("check_")
             findings.append(Finding(Level.BROKEN, name, f"could not be checked: {exc}"))
     return findings
 
@@ -142,7 +141,7 @@ def check_directories(settings: Settings) -> Iterator[Finding]:
                     Level.BROKEN, key,
                     f"{path}: owner {facts.st_uid}, mode {facts.st_mode & 0o7777:04o}: "
                     "others could write there",
-                    f"chown root {path}; chmod 0711 {path}",
+                    f"chown root {path}; chmod 0700 {path}",
                 )  # fmt: skip
     usage = shutil.disk_usage(_existing(settings.state_dir))
     if usage.free < settings.min_free_bytes:
@@ -209,10 +208,10 @@ def check_erofs(settings: Settings) -> Iterator[Finding]:
 
 def check_runtime(settings: Settings) -> Iterator[Finding]:
     """The runtime that does the real work."""
-    from clipshim.shim.find_runtime import find_runtime
+    from clipshim.shim.runtimes import find_runtime
 
     try:
-        path = find_runtime(settings.runtimes)
+        path = find_runtime(settings.runtimes, shutil.which("clipshim") or "")
     except ClipError as exc:
         yield Finding(Level.BROKEN, "runtime", exc.message, exc.hint)
         return

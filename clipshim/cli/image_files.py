@@ -10,9 +10,9 @@ import hashlib
 import os
 import stat
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from clipshim.errors import DigestError, NotFoundError, UsageError
+from clipshim.errors import DigestError, UsageError
 from clipshim.index.erofs_read import ErofsImage
 from clipshim.index.span_decode import decode_span
 from clipshim.registry.blobs import BlobReader, locate_blob
@@ -24,6 +24,16 @@ if TYPE_CHECKING:
 MAX_FILE_BYTES = 4 << 20  # a passwd file of 40,000 accounts; more is no passwd file
 MAX_LINKS = 40  # what the kernel follows
 DEADLINE_S = 120.0
+
+
+class FileEntry(NamedTuple):
+    """A regular file of an image."""
+
+    content: bytes
+    mode: int  # permission bits
+    uid: int
+    gid: int
+    mtime_ns: int
 
 
 class ImageFiles:
@@ -44,16 +54,22 @@ class ImageFiles:
         if self._reader is not None:
             self._reader.close()
 
-    def find(self, path: str | bytes) -> int | None:
-        """The inode number (nid) that an absolute `path` leads to, symlinks followed inside."""
-        return self._walk(path, follow_last=True)
+    def entry(self, path: str) -> FileEntry | None:
+        """Content, owner, mode and time of a regular file, None when there is none at `path`."""
+        content = self.read(path)
+        nid = self._walk(path)
+        if content is None or nid is None:
+            return None
+        facts = self._image.stat(nid)
+        mode = stat.S_IMODE(facts.mode)
+        return FileEntry(content, mode, facts.uid, facts.gid, facts.mtime_ns)
 
     def read(self, path: str, *, limit: int = MAX_FILE_BYTES) -> bytes | None:
         """The content of a regular file, None when there is none at `path`.
 
         Raises UsageError when it is larger than `limit`, DigestError when a span does not match.
         """
-        nid = self._walk(path, follow_last=True)
+        nid = self._walk(path)
         if nid is None:
             return None
         facts = self._image.stat(nid)
@@ -71,14 +87,8 @@ class ImageFiles:
                 content += self._layer_bytes(device - 1, offset, length)
         return bytes(content[: facts.size])
 
-    def read_required(self, path: str, *, limit: int = MAX_FILE_BYTES) -> bytes:
-        """As read, but raises NotFoundError when there is no such file."""
-        content = self.read(path, limit=limit)
-        if content is None:
-            raise NotFoundError(f"{path}: no such file in {self._index.reference}")
-        return content
-
-    def _walk(self, path: str | bytes, *, follow_last: bool) -> int | None:
+    def _walk(self, path: str | bytes) -> int | None:
+        """The nid that an absolute `path` leads to; links lead nowhere outside of the image."""
         image = self._image
         pending = [part for part in os.fsencode(path).split(b"/") if part]
         trail = [image.root_nid]
@@ -96,7 +106,7 @@ class ImageFiles:
             nid = image.lookup(trail[-1], name)
             if nid is None:
                 return None
-            if stat.S_ISLNK(image.stat(nid).mode) and (pending or follow_last):
+            if stat.S_ISLNK(image.stat(nid).mode):
                 links += 1
                 if links > MAX_LINKS:
                     return None
@@ -129,7 +139,9 @@ class ImageFiles:
         span = self._index.span_table(layer)[number]
         compressed = self._fetch(layer, span.compressed_offset, span.compressed_size)
         window = self._index.window(layer, span) if span.window is not None else None
-        data = decode_span(span.kind, span.bits, window, compressed, span.uncompressed_size)
+        data = decode_span(
+            span.kind, span.bits, window, compressed, span.uncompressed_size, span.skip
+        )
         found = hashlib.sha256(data).digest()
         if found != span.digest:
             raise DigestError(

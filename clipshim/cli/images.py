@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import re
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from clipshim.cli.terminal import progress_bars
 from clipshim.errors import NotFoundError, StoreError
 from clipshim.index.model import Index, open_index
 from clipshim.node.images import ImageNames
@@ -16,9 +16,8 @@ from clipshim.node.images import ImageNames
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from clipshim.registry.access import RegistryAccess
     from clipshim.settings import Settings
-
-DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 
 def is_index_file(name: str) -> bool:
@@ -40,16 +39,54 @@ def path_of(settings: Settings, name: str) -> Path:
             )
         return Path(name)
     store = ImageNames(settings)
-    digest = name if DIGEST.fullmatch(name) else store.find(name)
+    digest = store.find(name)
     if digest is None:
         raise NotFoundError(
             f"image {name}: no index of it in {settings.index_store}",
             hint=f"make or fetch it: clipshim index {name}, clipshim pull {name}",
         )
-    path = Path(store.path(digest))
-    if not path.exists():
-        raise NotFoundError(f"index {digest}: not in {settings.index_store}")
-    return path
+    return Path(store.existing_path(digest))
+
+
+def registry_name(settings: Settings, name: str) -> str:
+    """The image's name, also where `name` is an index: what registry options are about."""
+    if not is_index_file(name):
+        return name
+    with open_named(settings, name) as index:
+        return index.reference
+
+
+@contextmanager
+def opened_or_made(
+    settings: Settings,
+    name: str,
+    *,
+    platform: str | None,
+    access: RegistryAccess,
+    quiet: bool,
+) -> Iterator[tuple[Path, Index]]:
+    """The index that `name` means; an image that has none here yet is indexed for the while."""
+    if platform is None or is_index_file(name):
+        try:
+            path = path_of(settings, name)
+        except NotFoundError:
+            if is_index_file(name):
+                raise
+        else:
+            with open_index(path) as index:
+                yield path, index
+            return
+    from clipshim.index.builder import build_index
+    from clipshim.registry.sources import open_source
+
+    source = open_source(name, platform=platform, access=access)
+    # /var/tmp: a self-contained index can be large, and /tmp is memory on many machines
+    with tempfile.TemporaryDirectory(prefix="clipshim-", dir="/var/tmp") as directory:
+        path = Path(directory, "index.clip")
+        with progress_bars(quiet=quiet) as progress:
+            build_index(source, path, progress=progress)
+        with open_index(path) as index:
+            yield path, index
 
 
 @contextmanager

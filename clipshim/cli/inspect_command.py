@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import stat
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any
@@ -110,7 +111,7 @@ def describe_file(index: Index, image: ErofsImage, path: str) -> dict[str, Any]:
     if stat.S_ISLNK(facts.mode):
         result["target"] = printable(image.readlink(nid))
     if stat.S_ISCHR(facts.mode) or stat.S_ISBLK(facts.mode):
-        result["device"] = f"{facts.rdev >> 8}:{facts.rdev & 0xFF}"
+        result["device"] = f"{os.major(facts.rdev)}:{os.minor(facts.rdev)}"
     xattrs = image.xattrs(nid)
     if xattrs:
         result["xattrs"] = {printable(name): value.hex() for name, value in xattrs.items()}
@@ -175,8 +176,6 @@ def show_file(facts: dict[str, Any]) -> None:
 
 def _find(image: ErofsImage, path: str) -> int | None:
     """The entry itself: symlinks on the way are followed nowhere, as `lstat` of a real path."""
-    import os
-
     nid = image.root_nid
     for part in os.fsencode(path).split(b"/"):
         if part in (b"", b"."):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipshim.cli.daemon_calls import call_for_tree, release
-from clipshim.cli.images import destination, finish, is_index_file, path_of
+from clipshim.cli.images import destination, finish, path_of
 from clipshim.errors import MountError, UsageError
 from clipshim.mounts import mountinfo, syscalls
 from clipshim.settings import load_settings
@@ -17,7 +17,6 @@ from clipshim.settings import load_settings
 if TYPE_CHECKING:
     from clipshim.index.builder import Progress
     from clipshim.registry.access import RegistryAccess
-    from clipshim.settings import Settings
 
 
 def index_image(
@@ -90,7 +89,9 @@ def mount_index(
     if not target.is_dir():
         raise UsageError(f"{directory}: expected an existing directory")
     key = _hold_key(target)
-    reply, tree = call_for_tree(settings, _source_path(settings, os.fspath(index)), key, mode)
+    path = path_of(settings, os.fspath(index))
+    with open(path, "rb") as file:
+        reply, tree = call_for_tree(settings, file.fileno(), str(path), key, mode)
     try:
         syscalls.move_mount(tree, "", syscalls.AT_FDCWD, str(target))
     except OSError as exc:
@@ -195,7 +196,3 @@ def _escaped(path: Path) -> str:
 def _hold_key(directory: Path) -> str:
     """What the daemon knows a mount by hand as."""
     return f"mount:{directory}"
-
-
-def _source_path(settings: Settings, index: str) -> Path:
-    return Path(index) if is_index_file(index) else path_of(settings, index)

@@ -89,15 +89,19 @@ def command(
         )
     from clipshim.cli import engine_load
     from clipshim.cli.access import registry_access
-    from clipshim.cli.images import opened_or_made
+    from clipshim.cli.images import opened_or_made, registry_name
     from clipshim.settings import load_settings
 
     settings = load_settings()
     access = registry_access(
-        settings, target or image, plain_http=plain_http, insecure=insecure, ca_file=ca_file,
-        authfile=authfile, username=username, password_stdin=password_stdin,
+        settings, target or registry_name(settings, image), plain_http=plain_http,
+        insecure=insecure, ca_file=ca_file, authfile=authfile, username=username,
+        password_stdin=password_stdin,
     )  # fmt: skip
-    with opened_or_made(settings, image, platform=platform, access=access, quiet=quiet) as index:
+    with opened_or_made(settings, image, platform=platform, access=access, quiet=quiet) as (
+        _path,
+        index,
+    ):
         stub = build(index, access)
         label = name or engine_load.stub_name(index.reference)
         facts: dict[str, Any] = {"image": index.reference, "size": stub.size, "name": label}
