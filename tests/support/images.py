@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 CACHE = Path("/var/cache/clipshim-tests")
-MIRROR = "http://deb.debian.org/debian"
 SUITE = "bookworm"
 PACKAGES = "python3,libcap2-bin,busybox-static,netbase"
 EPOCH = 1_700_000_000  # all times in the images are at or before this
@@ -125,6 +124,14 @@ def _recipe(*parts: str) -> str:
     return hashlib.sha256("\0".join((RECIPE, *parts)).encode()).hexdigest()[:16]
 
 
+def _mirror() -> list[str]:
+    """The mirror that apt uses for the suite; without one debootstrap takes its default."""
+    targets = run(
+        "apt-get", "indextargets", "--format", "$(CODENAME) $(REPO_URI)", "Created-By: Packages"
+    )
+    return [line.split()[1] for line in targets.splitlines() if line.split()[0] == SUITE][:1]
+
+
 def debian_root() -> Path:
     """The directory of a Debian root, read-only for the tests."""
     with _built_once(f"root-{_recipe(SUITE, PACKAGES)}") as (final, draft):
@@ -137,7 +144,7 @@ def debian_root() -> Path:
                         f"--include={PACKAGES}",
                         SUITE,
                         draft / "root",
-                        MIRROR,
+                        *_mirror(),
                         timeout=600,
                     )
                     break
