@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from clipshim.registry.access import RegistryAccess
     from clipshim.registry.mirrors import Endpoint
     from clipshim.registry.replies import Reply
+    from clipshim.registry.transport import Transport
 
 # A server that ignores Range sends the blob from its start. Up to here the way to the range is
 # read and thrown away; beyond it is an error, lest each read of a span fetch the whole layer.
@@ -82,10 +83,16 @@ def locate_blob(reference: str, digest: str, size: int, urls: tuple[str, ...] = 
 
 
 class BlobReader:
-    """Ranged reads. Blocking and thread-safe; one for all images under the same access."""
+    """Ranged reads. Blocking and thread-safe; one for all images under the same access.
 
-    def __init__(self, access: RegistryAccess) -> None:
-        self._transport = access.transport
+    It has connections of its own, which close() ends, unless it is given a `transport`.
+    """
+
+    def __init__(self, access: RegistryAccess, *, transport: Transport | None = None) -> None:
+        from clipshim.registry.transport import Transport  # urllib3 only when there is a reader
+
+        self._owned = transport is None
+        self._transport = Transport(access) if transport is None else transport
         self._read_timeout_s = access.read_timeout_s
         self._statistics = Statistics()
         self._lock = threading.Lock()
@@ -158,8 +165,9 @@ class BlobReader:
         return self._statistics.snapshot()
 
     def close(self) -> None:
-        """Ends waiting readers with an error and drops the connections."""
-        self._transport.close()
+        """Ends waiting readers with an error and drops the connections; those of its own only."""
+        if self._owned:
+            self._transport.close()
 
     def _foreign(self, blob: RegistryBlob) -> tuple[Endpoint, ...]:
         from clipshim.registry.mirrors import Endpoint

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO, Protocol, cast
 
@@ -44,6 +45,7 @@ from clipshim.registry.references import (
     canonical_image,
     parse_image,
 )
+from clipshim.registry.replies import read_body
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -125,7 +127,7 @@ def open_source(image: str, *, platform: str | None, access: RegistryAccess) -> 
     """
     wanted = parse_platform(platform) if platform else host_platform()
     parsed = parse_image(image)
-    reader = BlobReader(access)
+    reader = BlobReader(access, transport=access.transport)
     if isinstance(parsed, ArchiveReference):
         return _open_local(image, parsed, wanted, reader, explicit=platform is not None)
     return _open_remote(parsed, wanted, access, reader, explicit=platform is not None)
@@ -147,10 +149,6 @@ def fetch_manifest(
     what = f"image {reference}"
 
     def operation(endpoint: Endpoint) -> FetchedManifest:
-        import time
-
-        from clipshim.registry.replies import read_body
-
         deadline = time.monotonic() + access.deadline_s
         with transport.send(
             endpoint,
