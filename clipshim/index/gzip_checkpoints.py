@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from array import array
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import zstandard
@@ -18,7 +19,7 @@ from clipshim.index.span_decode import GZIP_MAGIC, GzipRange
 from clipshim.index.span_table import MAX_WINDOW
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from clipshim.index.span_table import SpanKind
 
@@ -26,6 +27,7 @@ _INPUT = 128 << 10
 _OUTPUT = 256 << 10
 # A range ends at the next block after that many compressed bytes even if it yields little.
 _MAX_COMPRESSED = 4 << 20
+_MAX_HEAD = 64 << 10
 
 Z_NO_FLUSH = 0  # zlib.h
 Z_BLOCK = 5
@@ -81,8 +83,8 @@ class Range(NamedTuple):
     compressed_size: int
     bits: int  # as in Span
     window: bytes | None  # up to 32 KiB before it; only for gzip-mid
-    head: bytes = b""  # gzip-mid: the range's first bytes
-    head_size: int = 0  # that many uncompressed bytes, at most 32 KiB, can be decoded from head
+    head: bytes = b""  # gzip-mid: the range's first bytes, as a rule enough to decode head_size
+    head_size: int = 0  # uncompressed bytes, at most 32 KiB
 
 
 def scan_gzip(
@@ -193,7 +195,7 @@ class _Scanner:
             size,
             self._bits,
             self._window,
-            b"".join(self._head),
+            b"".join(self._head)[:_MAX_HEAD],
             self._head_size,
         )
 
@@ -263,41 +265,58 @@ class _Scanner:
         raise LayerError(f"{self._label}: not a sound gzip stream at {self._position}: {text}")
 
 
-# Two windows in which a byte tells where in the window it is: the low eight bits of the place,
-# and the high seven with a top bit that makes the two bytes differ, as those of literals do not.
-_LOW: Final = bytes(place & 0xFF for place in range(MAX_WINDOW))
-_HIGH: Final = bytes((place >> 8) | (0 if place & 0x80 else 0x80) for place in range(MAX_WINDOW))
+# Windows in which a byte tells where it lies: one by the place modulo 255, one by the place
+# divided by 255, each plus 1, so that neither byte is 0.
+_ROW: Final = 255
+_ZEROS: Final = bytes(MAX_WINDOW)
+_COLUMNS: Final = bytes(place % _ROW + 1 for place in range(MAX_WINDOW))
+_ROWS: Final = bytes(place // _ROW + 1 for place in range(MAX_WINDOW))
+_PLACES: Final = array("H", bytes(2 << 16))  # by both bytes as one native integer
+for _place in range(MAX_WINDOW):
+    _PLACES[int.from_bytes((_COLUMNS[_place], _ROWS[_place]), sys.byteorder)] = _place
 
 
 def pack_window(piece: Range) -> bytes:
     """The window of a range as an index stores it; b"" if decoding does not need it.
 
-    Bytes that the range does not refer to become zeros, of which zstd makes next to nothing. They
-    are found by decoding the first 32 KiB twice with windows that tell places apart: further on
-    nothing can refer to the window itself (RFC 1951: distances end at 32 KiB).
+    Bytes that the range does not refer to become zeros, of which zstd makes next to nothing.
     """
     if not piece.window:
         return b""
     window = piece.window.rjust(MAX_WINDOW, b"\0")
-    size = piece.head_size
-    try:
-        low, high = (
-            GzipRange(piece.kind, piece.bits, marks, (piece.head,)).read(size)
-            for marks in (_LOW, _HIGH)
-        )
-    except SpanDecodeError:
-        low = high = b""
-    if len(low) == len(high) == size:
-        pairs = bytearray(2 * size)
-        pairs[::2], pairs[1::2] = low, high
+    places = _places_needed(piece)
+    if places is not None:
         sparse = bytearray(MAX_WINDOW)
-        for pair in set(memoryview(pairs).cast("H")):
-            low_bits, mark = pair.to_bytes(2, sys.byteorder)
-            if (low_bits ^ mark) & 0x80:
-                place = low_bits | (mark & 0x7F) << 8
-                sparse[place] = window[place]
+        for place in places:
+            sparse[place] = window[place]
         window = bytes(sparse)
     window = window.lstrip(b"\0")
     if not window:
         return b""
     return zstandard.ZstdCompressor(level=9, write_checksum=False).compress(window)
+
+
+def _places_needed(piece: Range) -> Iterable[int] | None:
+    """The places in the 32 KiB window that the range refers to; None: not known.
+
+    Found by decoding the first 32 KiB with windows that tell places apart: further on nothing can
+    refer to the window itself (RFC 1951: distances end at 32 KiB). What is not the same as with a
+    window of zeros comes from the window, and the difference is its place. The work is in a few
+    calls that handle all bytes, since this is done for every checkpoint.
+    """
+    size = piece.head_size
+    outputs = []
+    try:
+        for marks in (_ZEROS, _COLUMNS, _ROWS):
+            output = GzipRange("gzip-mid", piece.bits, marks, (piece.head,)).read(size)
+            if len(output) != size:
+                return None
+            outputs.append(int.from_bytes(output, "little"))
+    except SpanDecodeError:
+        return None
+    zeros, columns, rows = outputs
+    column_marks = (columns ^ zeros).to_bytes(size, "little").translate(None, b"\0")
+    row_marks = (rows ^ zeros).to_bytes(size, "little").translate(None, b"\0")
+    pairs = bytearray(2 * len(column_marks))
+    pairs[::2], pairs[1::2] = column_marks, row_marks
+    return map(_PLACES.__getitem__, set(memoryview(pairs).cast("H")))

@@ -16,6 +16,7 @@ import zstandard
 
 from clipshim.errors import IndexFormatError, SpanDecodeError
 from clipshim.index.clip_format import ClipFile
+from clipshim.index.erofs_format import BLOCK
 from clipshim.index.erofs_read import ErofsImage
 from clipshim.index.span_table import (
     MAX_LAYER_SIZE,
@@ -257,9 +258,10 @@ class Index:
                 raise self._bad(f"blob.{i}: expected {layer.blob_size} bytes of layer {i}")
 
     def _check_tree(self) -> None:
-        image = ErofsImage(self.tree())
-        if image.device_count != len(self.layers):
-            raise self._bad(f"tree: expected {len(self.layers)} devices, got {image.device_count}")
+        blocks = ErofsImage(self.tree()).device_blocks()
+        expected = [-(-layer.size // BLOCK) for layer in self.layers]
+        if blocks != expected:
+            raise self._bad(f"tree: expected devices of {expected} blocks, got {blocks}")
 
     def _number(self, i: int, row: dict[str, Any], field: str) -> int:
         value = row.get(field)
