@@ -22,7 +22,7 @@ def restart_delay(failures: int) -> float:
     """Seconds to wait before the restart after so many deaths in a row."""
     if failures <= 1:
         return 0.0
-    return min(LONGEST_DELAY_S, FIRST_DELAY_S * 2 ** min(failures - 2, 16))
+    return min(LONGEST_DELAY_S, FIRST_DELAY_S * float(2 ** min(failures - 2, 16)))
 
 
 class Child:

@@ -113,5 +113,8 @@ def set_readahead(target: str, kibibytes: int) -> None:
         return
     major, minor = os.major(mount.device), os.minor(mount.device)
     # slower, not wrong, without: sysfs may be read-only in a container
-    with contextlib.suppress(OSError), open(f"/sys/class/bdi/{major}:{minor}/read_ahead_kb", "w") as file:
+    with (
+        contextlib.suppress(OSError),
+        open(f"/sys/class/bdi/{major}:{minor}/read_ahead_kb", "w") as file,
+    ):
         file.write(str(kibibytes))

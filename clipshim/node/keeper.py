@@ -107,7 +107,9 @@ class Keeper:
                 log.error("server cannot be started: %s", exc)
                 return
         self._watch_server(ours)
-        log.info("server started", extra={"server_pid": self.server.process and self.server.process.pid})
+        log.info(
+            "server started", extra={"server_pid": self.server.process and self.server.process.pid}
+        )
 
     def adopt_server(self, control_fd: int) -> None:
         """Goes on with a server that outlived the last keeper."""
@@ -169,7 +171,9 @@ class Keeper:
         if self.replacing:
             self.server.restart_soon()
             return
-        log.warning("server ended, a new one takes over", extra={"server_pid": pid, "status": status})
+        log.warning(
+            "server ended, a new one takes over", extra={"server_pid": pid, "status": status}
+        )
 
     def _on_tree_exit(self, image_id: str) -> None:
         child = self.trees[image_id]
@@ -295,7 +299,7 @@ class Keeper:
         }
         for fd in (self.listener_fd, self.layers_fd, self.lock_fd, *self.tree_fds.values()):
             os.set_inheritable(fd, True)
-        os.execv(sys.executable, keeper_command(adoption))
+        os.execv(sys.executable, keeper_command(adoption))  # noqa: S606  # no shell is meant
 
     # Loop
 
@@ -513,7 +517,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="clipshim.node.keeper")
     parser.add_argument("--config", help="configuration file")
     parser.add_argument("--adopt", help=argparse.SUPPRESS)
-    parser.add_argument("--ready-fd", type=int, help="written to and closed when clients can connect")
+    parser.add_argument(
+        "--ready-fd", type=int, help="written to and closed when clients can connect"
+    )
     parser.add_argument("--own-cgroup", action="store_true", help="leave the caller's cgroup")
     options = parser.parse_args(arguments)
     if options.config:

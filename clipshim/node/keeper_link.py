@@ -5,7 +5,7 @@ import logging
 import os
 import socket
 import subprocess
-from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
 
 import trio
 
@@ -18,6 +18,9 @@ from clipshim.node.control import (
     send_message,
 )
 from clipshim.node.keeper import keeper_command
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
 
 log = logging.getLogger(__name__)
 

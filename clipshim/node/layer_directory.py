@@ -21,6 +21,7 @@ from clipshim.lazy.span_source import SpanSource
 
 log = logging.getLogger(__name__)
 
+PAGE = 4096
 IDLE_S = 120.0
 MAX_PROVIDERS = 4  # images asked for a layer's bytes, when one after the other fails
 
@@ -41,7 +42,9 @@ class ShownLayer:
 
     def __init__(self, key: str, size: int, directory: "LayerDirectory") -> None:
         self.key = key
-        self.size = size
+        # whole pages: EROFS reads a file's last block whole and takes a short read for an error,
+        # and there are tar writers that do not pad the last entry of a layer
+        self.size = -(-size // PAGE) * PAGE
         self.providers: dict[str, Provider] = {}  # by image ID
         self.last_use = 0.0
         self.busy = 0
@@ -55,7 +58,12 @@ class ShownLayer:
         self.busy += 1
         try:
             self.last_use = trio.current_time()
-            return await (await self.open()).read(offset, size)
+            reader = await self.open()
+            wanted = min(size, self.size - offset)
+            data = await reader.read(offset, wanted)
+            if len(data) < wanted:
+                return bytes(data) + bytes(wanted - len(data))
+            return data
         finally:
             self.unused()
 

@@ -63,6 +63,8 @@ def configure(log_format: str, level: str) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
+    # its debug lines are about its own threads, thousands of them
+    logging.getLogger("pyfuse3").setLevel(logging.WARNING)
     logging.raiseExceptions = False  # a closed stderr must not become an error of its own
 
 

@@ -2,9 +2,9 @@
 
 import logging
 import os
-import socket
 import subprocess
 import sys
+from typing import TYPE_CHECKING
 
 import trio
 
@@ -16,6 +16,9 @@ from clipshim.node.control import (
     receive_message,
     send_message,
 )
+
+if TYPE_CHECKING:
+    import socket
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +80,7 @@ class MountClient:
                     reply, fds = await self._exchange(request)
                 except (OSError, EOFError, ValueError) as exc:
                     self._abandon()
-                    raise MountError(f"mount worker: {exc or type(exc).__name__}") from exc
+                    raise MountError(f"mount worker: {str(exc) or type(exc).__name__}") from exc
                 if not reply.get("ok"):
                     close_all(fds)
                     raise MountError(

@@ -40,7 +40,7 @@ class Worker:
             reply_fds: list[int] = []
             try:
                 with self._locked():
-                    reply = {"ok": True} | self._do(request, reply_fds)
+                    reply: Message = {"ok": True} | self._do(request, reply_fds)
             except (ClipError, OSError, KeyError, ValueError) as exc:
                 hint = exc.hint if isinstance(exc, ClipError) else None
                 text = exc.message if isinstance(exc, ClipError) else str(exc)

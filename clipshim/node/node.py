@@ -30,6 +30,8 @@ from clipshim.settings import Settings
 
 log = logging.getLogger(__name__)
 
+EROFS_BLOCK = 512
+
 
 class Node:
     """The state of one server."""
@@ -99,6 +101,8 @@ class Node:
     def _complete_device(self, index: Index, position: int) -> str | None:
         """The store's file of a complete layer, pinned; None if it is not complete."""
         info = index.layers[position]
+        if info.size % EROFS_BLOCK:  # layer_directory.py pads such a layer, the store does not
+            return None
         if not os.path.exists(f"{self.store.directory}/{info.key}/complete"):
             return None
         stored = self.store.open(info, index.span_table(position))

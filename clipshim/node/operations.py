@@ -39,7 +39,7 @@ class Operations:
             "version": __version__,
             "pid": os.getpid(),
             "keeper_pid": state.keeper.pid if state and state.keeper else None,
-            "start_time": self._node.started,
+            "start_time": int(self._node.started),
         }
 
     async def mount(self, request: Request) -> dict[str, Any]:

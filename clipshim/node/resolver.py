@@ -36,7 +36,9 @@ from clipshim.settings import Settings
 
 log = logging.getLogger(__name__)
 
-OWNER_ORIGIN = "file:"  # an index from index_dirs or the command line, which the owner vouches for
+# a path: of an index in index_dirs, in a bundle or on the command line, which the node's owner
+# vouches for; a stub's origin is no path
+OWNER_ORIGINS = ("/", "file:")
 FRESH_S = 300.0  # that a found index of a tag is used without asking the registry again
 INDEXING_TIMEOUT_S = 3600.0
 
@@ -71,16 +73,14 @@ class Resolver:
             if len(fds) != 1 or not isinstance(origin, str):
                 raise UsageError("mount: source fd: expected one descriptor and its origin")
             digest = await trio.to_thread.run_sync(self._images.add, fds[0])
-            return await self._checked(digest, trusted=origin.startswith(OWNER_ORIGIN))
+            return await self._checked(digest, trusted=origin.startswith(OWNER_ORIGINS))
         if isinstance(source.get("digest"), str):
             digest = source["digest"]
             self._images.existing_path(digest)
             # asked for by digest: whoever knows it may have it, as with a registry's blobs
             return await self._checked(digest, trusted=self._images.is_named(digest))
         if isinstance(source.get("image"), str):
-            return await self._by_image(
-                source["image"], bool(source.get("engine_named")), progress
-            )
+            return await self._by_image(source["image"], bool(source.get("engine_named")), progress)
         raise UsageError("mount: source: expected fd, digest or image")
 
     async def _by_image(self, image: str, engine_named: bool, progress: Progress) -> Resolved:
@@ -177,7 +177,7 @@ class Resolver:
             self.indexing_s(time.monotonic() - started)
             return await trio.to_thread.run_sync(self._take_in, path, name)
         except (trio.TooSlowError, subprocess.SubprocessError, OSError) as exc:
-            raise RegistryError(f"image {name}: indexing failed: {exc or 'too slow'}") from exc
+            raise RegistryError(f"image {name}: indexing failed: {str(exc) or 'too slow'}") from exc
         finally:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)

@@ -141,11 +141,13 @@ class RpcServer:
             return failure(exc)
         except (OSError, EOFError, trio.TooSlowError) as exc:
             log.exception("request %s failed", request.op)
-            return failure(DaemonError(f"{request.op}: {exc or type(exc).__name__}"))
+            return failure(DaemonError(f"{request.op}: {str(exc) or type(exc).__name__}"))
         except Exception as exc:
             log.exception("request %s failed", request.op)
             return failure(
-                DaemonError(f"{request.op}: {type(exc).__name__}: {exc}", hint="see the daemon's log")
+                DaemonError(
+                    f"{request.op}: {type(exc).__name__}: {exc}", hint="see the daemon's log"
+                )
             )
 
 

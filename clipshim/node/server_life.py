@@ -1,13 +1,16 @@
 """How a server ends: stopped for good, or making room for its successor."""
 
 import logging
+from typing import TYPE_CHECKING
 
 import trio
 
 from clipshim.errors import ClipError, DaemonError
 from clipshim.node.control import Message
 from clipshim.node.keeper_link import KeeperLink
-from clipshim.node.tree_mounts import TreeMounts
+
+if TYPE_CHECKING:
+    from clipshim.node.tree_mounts import TreeMounts
 
 log = logging.getLogger(__name__)
 

@@ -56,11 +56,8 @@ class TreeRecords:
 
     def read_all(self) -> list[TreeRecord]:
         """Every usable record."""
-        records = []
-        for name in sorted(os.listdir(self.directory)):
-            if name.endswith(".json") and (record := self.read(name[:-5])):
-                records.append(record)
-        return records
+        names = [name for name in sorted(os.listdir(self.directory)) if name.endswith(".json")]
+        return [record for name in names if (record := self.read(name[:-5]))]
 
     def read(self, image_id: str) -> TreeRecord | None:
         """One record, None if there is none or it is damaged."""
@@ -83,10 +80,10 @@ class TreeRecords:
     def write_tree(self, image_id: str, tree: bytes) -> str:
         """Writes the tree unless it is here; returns its path."""
         path = self.tree_path(image_id)
-        with contextlib.suppress(FileNotFoundError):
-            with open(path, "rb") as file:  # a host reset may have left other bytes
-                if file.read(len(tree) + 1) == tree:
-                    return path
+        # a host reset may have left other bytes
+        with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+            if file.read(len(tree) + 1) == tree:
+                return path
         self._replace(path, tree, sync=True)
         return path
 
