@@ -1,0 +1,115 @@
+"""Reads and replaces config.json of an OCI bundle, as a document whose unknown fields survive.
+
+Only what clipshim needs is looked at; judging the rest is the low-level runtime's task.
+"""
+
+import os
+
+from clipshim.errors import BundleError
+from clipshim.shim import json_text
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+MAX_CONFIG_BYTES = 16 << 20
+
+
+class Bundle:
+    """One bundle directory with its config.json."""
+
+    __slots__ = ("config", "path")
+
+    def __init__(self, path: str, config: "dict[str, Any]") -> None:
+        self.path = path  # absolute, links resolved
+        self.config = config
+
+    @property
+    def annotations(self) -> "dict[str, str]":
+        """The annotations whose values are strings."""
+        found = self.config.get("annotations")
+        if not isinstance(found, dict):
+            return {}
+        return {key: value for key, value in found.items() if isinstance(value, str)}
+
+    @property
+    def root_path(self) -> str:
+        """root.path as written; empty if there is none."""
+        root = self.config.get("root")
+        path = root.get("path") if isinstance(root, dict) else None
+        return path if isinstance(path, str) else ""
+
+    @property
+    def rootfs(self) -> str:
+        """root.path as an absolute name; empty if there is none."""
+        return os.path.normpath(os.path.join(self.path, self.root_path)) if self.root_path else ""
+
+    @property
+    def is_readonly(self) -> bool:
+        """Whether the container gets its root read-only (by a remount, which is runc's)."""
+        root = self.config.get("root")
+        return isinstance(root, dict) and root.get("readonly") is True
+
+    def set_root_path(self, path: str) -> None:
+        """Replaces root.path in config.json: the whole new file or the whole old one is there."""
+        root = self.config.setdefault("root", {})
+        root["path"] = path
+        self._write()
+
+    def _write(self) -> None:
+        name = f"{self.path}/config.json"
+        temporary = f"{self.path}/.config.json.clipshim"
+        try:
+            before = os.stat(name)
+            data = json_text.dumps(self.config).encode()
+            try:
+                os.unlink(temporary)
+            except FileNotFoundError:
+                pass
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+            fd = os.open(temporary, flags, 0o600)
+            try:
+                view = memoryview(data)
+                while view:
+                    view = view[os.write(fd, view) :]
+                os.fchown(fd, before.st_uid, before.st_gid)
+                os.fchmod(fd, before.st_mode & 0o7777)
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+            os.rename(temporary, name)
+        except OSError as exc:
+            raise BundleError(f"{name}: cannot be replaced: {exc}") from exc
+
+
+def read_bundle(path: str) -> "Bundle | None":
+    """The bundle in a directory; None if the low-level runtime has to say what is wrong with it."""
+    real = os.path.realpath(path)
+    try:
+        fd = os.open(f"{real}/config.json", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError:
+        return None
+    try:
+        chunks = []
+        size = 0
+        while chunk := os.read(fd, 1 << 20):
+            chunks.append(chunk)
+            size += len(chunk)
+            if size > MAX_CONFIG_BYTES:
+                return None
+    except OSError:
+        return None
+    finally:
+        os.close(fd)
+    try:
+        config = json_text.loads(b"".join(chunks))
+    except ValueError:
+        return None
+    return Bundle(real, config) if isinstance(config, dict) else None
+
+
+def restore_root_path(bundle_path: str, ours: str, original: str) -> None:
+    """Puts root.path back if it is still the one that clipshim wrote; else does nothing."""
+    bundle = read_bundle(bundle_path)
+    if bundle is not None and original and bundle.root_path == ours:
+        bundle.set_root_path(original)

@@ -1,0 +1,113 @@
+"""Runs the low-level runtime: in our place, or as a child whose end we wait for.
+
+As a child it gets everything that it would have got from the engine: stdio, every inherited
+descriptor (ours are close-on-exec), the caller's environment, signal mask and process group.
+"""
+
+import os
+import signal
+
+from clipshim.mounts import syscalls
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import NoReturn
+
+_SI_USER = 0  # asm-generic/siginfo.h: from here down a process sent it, above the kernel did
+_FORWARDED = (
+    signal.SIGHUP,
+    signal.SIGINT,
+    signal.SIGQUIT,
+    signal.SIGTERM,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGWINCH,
+    signal.SIGCONT,
+    signal.SIGALRM,
+)
+
+
+def run(program: str, arguments: "Sequence[str]") -> int:
+    """Runs the runtime and waits; returns the wait status (os.WIFEXITED and so on)."""
+    watched = {signal.SIGCHLD, *_FORWARDED}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, watched)
+    try:
+        child = os.fork()
+        if child == 0:
+            _exec_in_child(program, arguments, before)
+        while True:
+            info = signal.sigwaitinfo(watched)
+            if info.si_signo == signal.SIGCHLD:
+                ended, status = os.waitpid(child, os.WNOHANG)
+                if ended == child:
+                    return status
+            elif info.si_code <= _SI_USER:
+                # a terminal's Ctrl-C (kernel) reaches the child by itself: same process group
+                os.kill(child, info.si_signo)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def run_quietly(command: "Sequence[str]") -> "tuple[int, str]":
+    """Runs a helper that may stay in the background; returns its exit code and what it wrote.
+
+    It inherits nothing of the engine's: no descriptor, no environment, no session.
+    """
+    output = os.memfd_create("clipshim-helper", os.MFD_CLOEXEC)
+    try:
+        child = os.fork()
+        if child == 0:
+            try:
+                os.setsid()
+                null = os.open("/dev/null", os.O_RDWR)
+                for number, fd in ((0, null), (1, output), (2, output)):
+                    os.dup2(fd, number)
+                os.closerange(3, 65536)
+                _restore_signals()
+                os.execve(command[0], list(command), {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"})  # noqa: S606
+            finally:
+                os._exit(127)
+        _, status = os.waitpid(child, 0)
+        text = os.fsdecode(os.pread(output, 4096, 0)).strip()
+        return os.waitstatus_to_exitcode(status), text
+    finally:
+        os.close(output)
+
+
+def leave_with(status: int) -> "NoReturn":
+    """Ends as the child did: with its exit code, or by its signal."""
+    if os.WIFSIGNALED(status):
+        number = os.WTERMSIG(status)
+        if number != signal.SIGKILL:
+            signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+        os._exit(128 + number)
+    os._exit(os.waitstatus_to_exitcode(status))
+
+
+def replace(program: str, arguments: "Sequence[str]") -> "NoReturn":
+    """Becomes the runtime."""
+    _restore_signals()
+    os.execve(program, [program, *arguments], os.environ)  # noqa: S606 - no shell is meant
+
+
+def _exec_in_child(
+    program: str, arguments: "Sequence[str]", mask: "set[int | signal.Signals]"
+) -> None:
+    try:
+        # an engine that dies takes the runtime with it (containerd sets PDEATHSIG on us)
+        syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        replace(program, arguments)
+    except BaseException as exc:
+        os.write(2, f"clipshim: {program}: {exc}\n".encode("utf-8", "backslashreplace"))
+    finally:
+        os._exit(127)
+
+
+def _restore_signals() -> None:
+    """Undoes what Python did at its start; SIGXFSZ and SIGPIPE are ignored by it."""
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -1,0 +1,183 @@
+"""create, run and restore of a container that names an index: everything or nothing.
+
+Order: lock, plan on disk, tree from the daemon, overlay, verification, config.json, runtime. A
+failure at any step unwinds the ones before; a crash is cleaned up from the plan.
+"""
+
+import os
+
+from clipshim.errors import ClipError, NotFoundError, StoreError
+from clipshim.shim import bundle, daemon_client, daemon_start, rootfs, teardown
+from clipshim.shim.state import (
+    STATE_VERSION,
+    ContainerLock,
+    ContainerState,
+    container_key,
+    load_state,
+)
+from clipshim.shim.trace import trace
+from clipshim.shim.undo import Undo
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from clipshim.mounts.graft import EngineOverlay
+    from clipshim.settings import Settings
+    from clipshim.shim.bundle import Bundle
+    from clipshim.shim.source import Source
+    from clipshim.shim.verbs import Call
+
+_LOCK_WAIT_S = 30.0
+
+
+def create_with_index(call: "Call", found: "Bundle", named: "Source") -> "int | None":
+    """Makes the rootfs and runs the runtime; returns its wait status.
+
+    None: the index was optional and there is none; nothing has changed.
+    """
+    settings = call.settings
+    key = container_key(call.line.container_id, call.root)
+    with ContainerLock(settings, key, wait_s=_LOCK_WAIT_S):
+        trace("create-locked")
+        kept = _remove_stale(settings, key, restoring=call.line.verb == "restore")
+        try:
+            return _create_locked(call, found, named, key, kept)
+        except ClipError as exc:
+            daemon_client.tell(
+                settings.daemon_socket,
+                {
+                    "op": "event",
+                    "name": "container_failed",
+                    "cause": type(exc).__name__,
+                    "container": key,
+                },
+            )
+            raise
+
+
+def _create_locked(
+    call: "Call", found: "Bundle", named: "Source", key: str, kept: "ContainerState | None"
+) -> "int | None":
+    settings = call.settings
+    directory = settings.container_dir(key)
+    with Undo() as undo:
+        if kept is None:
+            undo.push(teardown.forget, settings, directory)
+        else:
+            undo.push(kept.save)
+        engine = rootfs.engine_overlay(found.rootfs, settings.run_dir) if named.is_stub else None
+        state = _planned(call, found, named, key, engine)
+        state.save()
+        trace("create-planned")
+        tree = _request_tree(settings, key, named)
+        if tree is None:
+            return None
+        trace("create-tree")
+        try:
+            state.save(
+                image_id=tree.facts.get("image_id"),
+                index_digest=tree.facts.get("index_digest"),
+                mode=tree.facts.get("mode"),
+                reference=tree.facts.get("reference"),
+            )
+            target = rootfs.mount_rootfs(
+                settings, state, tree, engine, undo, reuse_upper=kept is not None
+            )
+        finally:
+            os.close(tree.fd)
+        if engine is None:
+            undo.push(_restore_config, found, target, state.text("original_root"))
+            found.set_root_path(target)
+        trace("create-config")
+        status = call.run_runtime()
+        if not state.is_gone():
+            undo.commit()
+            trace("create-done")
+            daemon_client.tell(
+                settings.daemon_socket,
+                {"op": "event", "name": "container_started", "container": key},
+            )
+        # else it failed, or ran in the foreground and ended: leaving the block unwinds
+        return status
+
+
+def _planned(
+    call: "Call",
+    found: "Bundle",
+    named: "Source",
+    key: str,
+    engine: "EngineOverlay | None",
+) -> ContainerState:
+    settings = call.settings
+    directory = settings.container_dir(key)
+    values: dict[str, Any] = {
+        "version": STATE_VERSION,
+        "id": call.line.container_id,
+        "cid": key,
+        "root": call.root,
+        "bundle": found.path,
+        "kind": "own" if engine is None else "graft",
+        "rootfs": f"{directory}/rootfs" if engine is None else engine.target,
+        "lowers": [],
+        "upper": settings.upper_dir(key) if engine is None else engine.upper,
+        "work": settings.work_dir(key) if engine is None else engine.work,
+        "runtime": call.runtime,
+    }
+    if engine is None:
+        values["original_root"] = _original_root(settings, found)
+        if named.is_stub:  # no kernel overlay of the engine's: its rootfs goes above the tree
+            values["lowers"] = [found.rootfs]
+    else:
+        values["lowers"] = list(engine.lowers)
+        values["engine_options"] = list(engine.options)
+    return ContainerState(directory, values)
+
+
+def _request_tree(settings: "Settings", key: str, named: "Source") -> "rootfs.Tree | None":
+    request = {"op": "mount", "container": key, "cid": key, "source": named.request}
+    try:
+        reply = daemon_start.ask_daemon(settings, request, fds=[named.fd] if named.fd >= 0 else [])
+    except NotFoundError:
+        if named.is_optional:
+            return None
+        raise
+    try:
+        return rootfs.Tree(reply.values, reply.take_fd())
+    finally:
+        reply.close()
+
+
+def _remove_stale(settings: "Settings", key: str, *, restoring: bool) -> "ContainerState | None":
+    """Takes down what a crash left under this key; returns the state that a restore uses."""
+    try:
+        stale = load_state(settings, key)
+    except StoreError:  # damaged: the directories that a plan can name follow from the key
+        stale = ContainerState(
+            settings.container_dir(key), {"version": STATE_VERSION, "kind": "own"}
+        )
+    if stale is None:
+        return None
+    if restoring and stale.values.get("checkpointed") is True:
+        return stale
+    teardown.tear_down(settings, stale, keep_directory=True)
+    return None
+
+
+def _original_root(settings: "Settings", found: "Bundle") -> str:
+    """root.path as the bundle's author wrote it, even if another container rewrote it."""
+    path = found.root_path
+    prefix, suffix = f"{settings.run_dir}/", "/rootfs"
+    if path.startswith(prefix) and path.endswith(suffix):
+        other = path[len(prefix) : -len(suffix)]
+        if other and "/" not in other:
+            try:
+                state = load_state(settings, other)
+            except StoreError:
+                state = None
+            return (state.text("original_root") if state else "") or "rootfs"
+    return path
+
+
+def _restore_config(found: "Bundle", ours: str, original: str) -> None:
+    bundle.restore_root_path(found.path, ours, original)

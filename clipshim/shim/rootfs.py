@@ -1,0 +1,227 @@
+"""Makes a container's root file system out of a tree: an own rootfs, or a graft.
+
+own    overlay over the tree with clipshim's upper and work directory, mounted at
+       <run_dir>/<cid>/rootfs; the caller rewrites root.path
+graft  the engine's own overlay, mounted again in place with the tree as its lowest layer
+
+What cannot be grafted because it is no kernel overlay (a bind mount, fuse-overlayfs) becomes an own
+rootfs that has the engine's rootfs above the tree.
+"""
+
+import os
+
+from clipshim.errors import MountError, VerifyError
+from clipshim.mounts import graft, mountinfo, overlay, safe_paths, syscalls, verify
+from clipshim.shim.trace import trace
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from clipshim.settings import Settings
+    from clipshim.shim.state import ContainerState
+    from clipshim.shim.undo import Undo
+
+
+class Tree:
+    """What the daemon says of a mounted tree, and a descriptor of a detached copy of its mount."""
+
+    __slots__ = ("facts", "fd")
+
+    def __init__(self, facts: "dict[str, Any]", fd: int) -> None:
+        self.facts = facts
+        self.fd = fd
+
+    @property
+    def has_usr(self) -> bool:
+        """Whether the image has a directory /usr."""
+        return self.facts.get("has_usr") is True
+
+    @property
+    def top_symlinks(self) -> "dict[str, str]":
+        """Links at the top of the image whose targets it has."""
+        found = self.facts.get("top_symlinks")
+        if not isinstance(found, dict):
+            return {}
+        return {
+            str(name): target
+            for name, target in found.items()
+            if isinstance(target, str) and "/" not in str(name)
+        }
+
+
+def engine_overlay(rootfs: str, run_dir: str) -> "graft.EngineOverlay | None":
+    """The kernel overlay that an engine mounted exactly at `rootfs`, None if there is none."""
+    fd, real = safe_paths.open_real_directory(rootfs)
+    try:
+        mount = mountinfo.mount_of_fd(fd)
+    except LookupError:
+        return None
+    finally:
+        os.close(fd)
+    if mount.mount_point != real or mount.fstype != "overlay":
+        return None
+    engine = graft.read_engine_overlay(mount)
+    # a create that was killed may have left a graft: its tree is not one of the engine's layers
+    engine.lowers = tuple(
+        name
+        for name in engine.lowers
+        if not (safe_paths.is_inside(name, run_dir) and name.endswith("/lower"))
+    )
+    return engine
+
+
+def mount_rootfs(
+    settings: "Settings",
+    state: "ContainerState",
+    tree: Tree,
+    engine: "graft.EngineOverlay | None",
+    undo: "Undo",
+    *,
+    reuse_upper: bool = False,
+) -> str:
+    """Mounts what the state plans; returns the rootfs. Raises MountError and VerifyError.
+
+    Each thing that is made is pushed on `undo`, which the caller unwinds on failure. With
+    `reuse_upper` the upper directory is there already and stays, whatever happens.
+    """
+    lower = f"{state.directory}/lower"
+    try:
+        _make_directory(lower, 0o700)
+        undo.push(os.rmdir, lower)
+        expected_device = os.fstat(tree.fd).st_dev
+        with _Attached(tree.fd, lower):
+            trace("create-attached")
+            verify.verify_tree(lower, expected_device)
+            if engine is not None:
+                target = _mount_graft(state, engine, lower, undo)
+            else:
+                target = _mount_own(settings, state, lower, undo, reuse_upper=reuse_upper)
+        trace("create-mounted")
+    except OSError as exc:
+        raise MountError(f"container {state.text('id')}: {exc}") from exc
+    _verify(settings, state, tree, target, engine)
+    trace("create-verified")
+    return target
+
+
+class _Attached:
+    """The tree's mount, attached in our mount namespace for as long as the block lasts.
+
+    A path of the daemon's may not exist here, or name the empty directory beneath the mount
+    (buildah has a mount namespace of its own); the descriptor means the tree everywhere.
+    """
+
+    __slots__ = ("_fd", "_path")
+
+    def __init__(self, fd: int, path: str) -> None:
+        self._fd, self._path = fd, path
+
+    def __enter__(self) -> None:
+        syscalls.move_mount(self._fd, "", syscalls.AT_FDCWD, self._path)
+
+    def __exit__(self, *_: object) -> None:
+        # the overlay keeps a private clone of the mount
+        syscalls.umount2(self._path, syscalls.MNT_DETACH | syscalls.UMOUNT_NOFOLLOW)
+
+
+def _mount_graft(
+    state: "ContainerState", engine: "graft.EngineOverlay", lower: str, undo: "Undo"
+) -> str:
+    flags = syscalls.UMOUNT_NOFOLLOW
+    try:
+        syscalls.umount2(engine.target, flags)
+    except OSError as exc:
+        raise MountError(
+            f"rootfs {engine.target}: the engine's overlay cannot be replaced: {exc}"
+        ) from exc
+    undo.push(_mount_again, engine)
+    trace("create-unmounted")
+    if engine.volatile and engine.work:
+        graft.forget_volatile(engine.work)
+    engine.graft_plan(lower).execute()
+    undo.push(syscalls.umount2, engine.target, flags | syscalls.MNT_DETACH)
+    return engine.target
+
+
+def _mount_again(engine: "graft.EngineOverlay") -> None:
+    if engine.volatile and engine.work:
+        graft.forget_volatile(engine.work)
+    engine.plan().execute()
+
+
+def _mount_own(
+    settings: "Settings",
+    state: "ContainerState",
+    lower: str,
+    undo: "Undo",
+    *,
+    reuse_upper: bool,
+) -> str:
+    upper, work, target = state.text("upper"), state.text("work"), state.text("rootfs")
+    for path in (os.path.dirname(upper), os.path.dirname(work)):
+        os.makedirs(path, 0o700, exist_ok=True)
+        overlay.refuse_volatile(path, "upper directory")
+    for path, mode in ((work, 0o700), (upper, 0o755), (target, 0o755)):
+        if reuse_upper and os.path.isdir(path):
+            continue
+        undo.push(_remove_made, path)
+        _make_directory(path, mode)
+        if path == upper:
+            # the root of the rootfs is the upper directory's inode: it must look like the image's
+            facts = os.stat(lower)
+            os.chown(upper, facts.st_uid, facts.st_gid)
+            os.chmod(upper, facts.st_mode & 0o7777)
+    above = [name for name in state.values.get("lowers", ()) if isinstance(name, str)]
+    plan = overlay.OverlayPlan(target, [*above, lower], upper=upper, work=work)
+    if settings.overlay == "fuse-overlayfs":
+        _mount_fuse_overlayfs(plan)
+    else:
+        plan.execute()
+    undo.push(syscalls.umount2, target, syscalls.MNT_DETACH | syscalls.UMOUNT_NOFOLLOW)
+    return target
+
+
+def _remove_made(path: str) -> None:
+    from clipshim.shim.teardown import remove_tree  # only when something failed
+
+    remove_tree(path)
+
+
+def _make_directory(path: str, mode: int) -> None:
+    os.mkdir(path, mode)
+    os.chmod(path, mode)  # whatever the umask
+
+
+def _mount_fuse_overlayfs(plan: overlay.OverlayPlan) -> None:
+    from clipshim.shim import child, runtimes  # only with overlay = "fuse-overlayfs"
+
+    program = runtimes.find_program("fuse-overlayfs")
+    if not program:
+        raise MountError(
+            'overlay = "fuse-overlayfs": the program fuse-overlayfs was not found',
+            hint='install fuse-overlayfs, or set overlay = "kernel"',
+        )
+    code, text = child.run_quietly(overlay.fuse_overlayfs_command(plan, program))
+    if code:
+        raise MountError(f"{plan.describe()}: fuse-overlayfs ended with {code}: {text}")
+
+
+def _verify(
+    settings: "Settings",
+    state: "ContainerState",
+    tree: Tree,
+    target: str,
+    engine: "graft.EngineOverlay | None",
+) -> None:
+    fuse = engine is None and settings.overlay == "fuse-overlayfs"
+    try:
+        verify.verify_rootfs(
+            target,
+            fstype="fuse.fuse-overlayfs" if fuse else "overlay",
+            has_usr=tree.has_usr,
+            top_symlinks=tree.top_symlinks,
+            readonly=engine is not None and (not engine.upper or "ro" in engine.mount_options),
+        )
+    except OSError as exc:
+        raise VerifyError(f"rootfs {target}: {exc}") from exc

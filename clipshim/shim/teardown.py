@@ -1,0 +1,136 @@
+"""Takes down what `create` made for a container: mounts, directories, the daemon's hold.
+
+Used by delete, by a create that finds what a crash left, and by the node daemon's clean-up. It
+works from the state file alone and may be repeated. A graft stays mounted: the engine mounted an
+overlay at that place and takes down what it finds there.
+"""
+
+import errno
+import os
+
+from clipshim.errors import ClipError
+from clipshim.mounts import syscalls
+from clipshim.shim import bundle, daemon_client
+from clipshim.shim.trace import trace
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from clipshim.settings import Settings
+    from clipshim.shim.state import ContainerState
+
+_MAX_STACKED = 64
+
+
+def tear_down(
+    settings: "Settings",
+    state: "ContainerState",
+    *,
+    keep_upper: bool = False,
+    keep_directory: bool = False,
+) -> None:
+    """Removes a container's rootfs and directories, and tells the daemon.
+
+    The caller holds the container's lock and knows that the runtime has forgotten the container.
+    `keep_upper` leaves what the container wrote and its state, for `restore`; `keep_directory`
+    leaves the locked directory, for a create. Raises OSError if something stayed.
+    """
+    unmount_all(f"{state.directory}/lower")
+    if state.text("kind") == "own":
+        unmount_all(f"{state.directory}/rootfs")
+        _restore_config(state)
+    trace("teardown-unmounted")
+    if not keep_upper:
+        for path in (settings.upper_dir(state.key), settings.work_dir(state.key)):
+            remove_tree(path)
+        trace("teardown-upper")
+        forget(settings, state.directory, keep_directory=keep_directory)
+
+
+def forget(settings: "Settings", directory: str, *, keep_directory: bool = False) -> None:
+    """Tells the daemon that a container is gone, and removes its directory, the lock last."""
+    daemon_client.tell(
+        settings.daemon_socket, {"op": "release", "container": os.path.basename(directory)}
+    )
+    trace("teardown-released")
+    for name in ("rootfs", "lower"):
+        try:
+            os.rmdir(f"{directory}/{name}")
+        except FileNotFoundError:
+            continue
+    names = (".state.json.tmp", "state.json") + (() if keep_directory else ("lock",))
+    for name in names:
+        try:
+            os.unlink(f"{directory}/{name}")
+        except FileNotFoundError:
+            continue
+    if not keep_directory:
+        try:
+            os.rmdir(directory)
+        except FileNotFoundError:
+            return
+
+
+def unmount_all(path: str) -> None:
+    """Unmounts everything mounted at a path of ours, however often."""
+    for _ in range(_MAX_STACKED):
+        try:
+            syscalls.umount2(path, syscalls.MNT_DETACH | syscalls.UMOUNT_NOFOLLOW)
+        except OSError as exc:
+            if exc.errno in (errno.EINVAL, errno.ENOENT):  # not a mount point, or nothing there
+                return
+            raise
+
+
+def remove_tree(path: str) -> None:
+    """Removes a directory of ours with what containers wrote into it; follows no link.
+
+    Does not cross into other mounts: a mount point in it makes this fail, as it should.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return
+    try:
+        _empty(fd)
+    finally:
+        os.close(fd)
+    os.rmdir(path)
+
+
+def _empty(top_fd: int) -> None:
+    """Removes all below a directory without recursion: containers nest as deep as they like."""
+    stack = [(top_fd, list(os.scandir(top_fd)), "")]
+    try:
+        while stack:
+            fd, entries, _ = stack[-1]
+            if not entries:
+                _, _, name = stack.pop()
+                if stack:
+                    os.close(fd)
+                    os.rmdir(name, dir_fd=stack[-1][0])
+                continue
+            entry = entries.pop()
+            if not entry.is_dir(follow_symlinks=False):
+                os.unlink(entry.name, dir_fd=fd)
+                continue
+            try:
+                os.rmdir(entry.name, dir_fd=fd)
+            except OSError:
+                below = os.open(
+                    entry.name,
+                    os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC,
+                    dir_fd=fd,
+                )
+                stack.append((below, list(os.scandir(below)), entry.name))
+    finally:
+        for fd, _, _ in stack[1:]:
+            os.close(fd)
+
+
+def _restore_config(state: "ContainerState") -> None:
+    try:
+        bundle.restore_root_path(
+            state.text("bundle"), state.text("rootfs"), state.text("original_root")
+        )
+    except ClipError:
+        return  # the engine's bundle may be gone or read-only; it is the engine's to remove
