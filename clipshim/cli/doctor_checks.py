@@ -50,7 +50,9 @@ def run_checks(registries: Sequence[str]) -> list[Finding]:
     findings: list[Finding] = []
     try:
         settings = load_settings()
-        findings.append(Finding(Level.OK, "configuration", settings.path))
+        exists = os.path.exists(settings.path)
+        note = settings.path if exists else f"{settings.path} is not there: defaults"
+        findings.append(Finding(Level.OK, "configuration", note))
     except ClipError as exc:
         findings.append(Finding(Level.BROKEN, "configuration", exc.message, exc.hint))
         settings = Settings()
@@ -337,7 +339,7 @@ def check_registries(settings: Settings, names: Sequence[str]) -> Iterator[Findi
             status = ping_registry(settings, name)
         except ClipError as exc:
             yield Finding(
-                Level.BROKEN, "registry", f"{name}: {exc.message}",
+                Level.BROKEN, "registry", exc.message,
                 exc.hint or "check the network, proxies, mirrors in " + settings.certs_dir,
             )  # fmt: skip
         else:

@@ -91,7 +91,7 @@ def mount_index(
     key = _hold_key(target)
     path = path_of(settings, os.fspath(index))
     with open(path, "rb") as file:
-        reply, tree = call_for_tree(settings, file.fileno(), str(path), key, mode)
+        reply, tree = call_for_tree(settings, file.fileno(), f"file:{path}", key, mode)
     try:
         syscalls.move_mount(tree, "", syscalls.AT_FDCWD, str(target))
     except OSError as exc:
