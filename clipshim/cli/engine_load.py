@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clipshim.errors import ClipError, NotFoundError
+from clipshim.registry.references import ArchiveReference, Reference, parse_image
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,11 +27,18 @@ TIMEOUT_S = 600.0
 
 def stub_name(reference: str) -> str:
     """What a stub of `reference` is called where the user gives no name: `app:1.0-lazy`."""
-    name, _, _digest = reference.partition("@")
-    head, slash, tail = name.rpartition("/")
-    if ":" not in tail:
-        tail += ":latest"
-    return f"{head}{slash}{tail}-lazy"
+    image = parse_image(reference)
+    if isinstance(image, ArchiveReference):
+        base = re.sub(r"[^a-z0-9]+", "-", os.path.basename(image.path).lower()).strip("-")
+        return f"localhost/{base or 'image'}:{image.tag or 'latest'}-lazy"
+    return f"{image.name}:{image.tag or 'latest'}-lazy"
+
+
+def same_registry(one: str, other: str) -> bool:
+    """Whether two images lie in one registry: then one log-in is for both."""
+    images = parse_image(one), parse_image(other)
+    hosts = {image.registry if isinstance(image, Reference) else None for image in images}
+    return len(hosts) == 1
 
 
 def load(engine: str, write: Callable[[Path, str], None]) -> None:

@@ -27,10 +27,10 @@ DEADLINE_S = 120.0
 
 
 class FileEntry(NamedTuple):
-    """A regular file of an image."""
+    """A regular file or directory of an image."""
 
     content: bytes
-    mode: int  # permission bits
+    mode: int  # with the type's bits
     uid: int
     gid: int
     mtime_ns: int
@@ -55,14 +55,18 @@ class ImageFiles:
             self._reader.close()
 
     def entry(self, path: str) -> FileEntry | None:
-        """Content, owner, mode and time of a regular file, None when there is none at `path`."""
-        content = self.read(path)
+        """A regular file or directory with its attributes, None when there is none at `path`."""
         nid = self._walk(path)
-        if content is None or nid is None:
+        if nid is None:
             return None
         facts = self._image.stat(nid)
-        mode = stat.S_IMODE(facts.mode)
-        return FileEntry(content, mode, facts.uid, facts.gid, facts.mtime_ns)
+        if stat.S_ISDIR(facts.mode):
+            content: bytes | None = b""
+        else:
+            content = self.read(path)
+        if content is None:
+            return None
+        return FileEntry(content, facts.mode, facts.uid, facts.gid, facts.mtime_ns)
 
     def read(self, path: str, *, limit: int = MAX_FILE_BYTES) -> bytes | None:
         """The content of a regular file, None when there is none at `path`.

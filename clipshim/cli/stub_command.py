@@ -26,8 +26,10 @@ from clipshim.errors import UsageError
 if TYPE_CHECKING:
     from clipshim.index.model import Index
     from clipshim.registry.access import RegistryAccess
+    from clipshim.registry.stubs import StubImage
 
-ACCOUNT_FILES = ("/etc/passwd", "/etc/group")
+# Engines resolve `USER name` from the two files; the directory keeps its attributes.
+STUB_FILES = ("/etc", "/etc/passwd", "/etc/group")
 
 
 class ArchiveFormat(enum.StrEnum):
@@ -93,16 +95,24 @@ def command(
     from clipshim.settings import load_settings
 
     settings = load_settings()
-    access = registry_access(
-        settings, target or registry_name(settings, image), plain_http=plain_http,
-        insecure=insecure, ca_file=ca_file, authfile=authfile, username=username,
-        password_stdin=password_stdin,
-    )  # fmt: skip
-    with opened_or_made(settings, image, platform=platform, access=access, quiet=quiet) as (
+    original = registry_name(settings, image)
+
+    def access_to(name: str, *, with_login: bool) -> RegistryAccess:
+        return registry_access(
+            settings, name, plain_http=plain_http, insecure=insecure, ca_file=ca_file,
+            authfile=authfile, username=username if with_login else None,
+            password_stdin=password_stdin and with_login,
+        )  # fmt: skip
+
+    # A password for the target is not for the registry that the image comes from.
+    same = target is None or engine_load.same_registry(original, target)
+    access = access_to(target or original, with_login=True)
+    reading = access if same else access_to(original, with_login=False)
+    with opened_or_made(settings, image, platform=platform, access=reading, quiet=quiet) as (
         _path,
         index,
     ):
-        stub = build(index, access)
+        stub = build(index, reading)
         label = name or engine_load.stub_name(index.reference)
         facts: dict[str, Any] = {"image": index.reference, "size": stub.size, "name": label}
         if target is not None:
@@ -112,7 +122,7 @@ def command(
             stub.write(archive, archive_format.value, label)
             facts["archive"] = str(archive)
         if load is not None:
-            engine_load.load(load.value, stub, label)
+            engine_load.load(load.value, lambda path, kind: stub.write(path, kind, label))
             facts["loaded"] = load.value
     if output is OutputFormat.JSON:
         print_json(facts)
@@ -121,11 +131,13 @@ def command(
         print_fields([(key, value) for key, value in facts.items() if key not in ("image", "size")])
 
 
-def build(index: Index, access: RegistryAccess) -> Any:
-    """The stub of an index, with the image's passwd and group as the image has them."""
+def build(index: Index, access: RegistryAccess) -> StubImage:
+    """The stub of an index, with what engines look up in it as the image has it."""
     from clipshim.cli.image_files import ImageFiles
-    from clipshim.registry.stubs import build_stub
+    from clipshim.registry.stubs import StubFile, build_stub
 
     with ImageFiles(index, access) as files:
-        accounts = {path: files.entry(path) for path in ACCOUNT_FILES}
-    return build_stub(index, {path: entry for path, entry in accounts.items() if entry})
+        found = {path: files.entry(path) for path in STUB_FILES}
+    return build_stub(
+        index, {path: StubFile(*entry) for path, entry in found.items() if entry is not None}
+    )

@@ -1,0 +1,242 @@
+#!/usr/bin/env bash
+# From a fresh Debian or Ubuntu machine to a container that starts before its image is there.
+#
+#   sudo ./integration/quickstart.sh            a small real image from a registry of its own
+#   sudo ./integration/quickstart.sh IMAGE      the same with an image of yours
+#
+#   --keep      leave the container's bundle and the demonstration's registry data for a look
+#   --clean     take away everything that this script has made, but for apt packages
+#   -- ARGS     what to run in the container
+#
+# It installs what is missing, installs clipshim into /opt/clipshim with a link in /usr/local/bin,
+# starts the node daemon, and runs a program. It may be run again at any time.
+#
+# For tests and packagers: CLIPSHIM_DEMO_PREFIX (instead of /; bin, venv and data lie below it),
+# CLIPSHIM_DEMO_VENV (an environment that has clipshim: nothing is installed), CLIPSHIM_DEMO_ROOT
+# (a Debian root with python3 instead of debootstrap's), CLIPSHIM_CONFIG.
+set -euo pipefail
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+checkout=$(dirname "$here")
+prefix=${CLIPSHIM_DEMO_PREFIX:-}
+venv=${CLIPSHIM_DEMO_VENV:-$prefix/opt/clipshim}
+cache=$prefix/var/cache/clipshim-demo
+bundle=$cache/bundle
+container=clipshim-demo-$$
+packages=(ca-certificates debootstrap fuse3 gcc libc6-dev libfuse3-dev pkg-config python3
+    python3-dev python3-venv runc)
+
+keep= clean= image=
+while [ $# -gt 0 ]; do
+    case $1 in
+    --keep) keep=1 ;;
+    --clean) clean=1 ;;
+    -h | --help)
+        sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"
+        exit 0
+        ;;
+    --)
+        shift
+        break
+        ;;
+    -*)
+        printf 'quickstart: unknown option %s; see --help\n' "$1" >&2
+        exit 2
+        ;;
+    *) image=$1 ;;
+    esac
+    shift
+done
+program=("$@")
+
+say() { printf '\n\033[1m== %s\033[0m\n' "$*"; }
+[ -t 1 ] || say() { printf '\n== %s\n' "$*"; }
+die() {
+    printf 'quickstart: error: %s\n' "$*" >&2
+    exit 1
+}
+now_ms() { date +%s%3N; }
+
+[ "$(id -u)" -eq 0 ] || die "needs root: sudo $0"
+export PATH=$PATH:/usr/sbin:/sbin
+unset PYTHONPATH PYTHONHOME
+umask 022
+
+registry_pid= mounted=
+finish() {
+    local status=$?
+    trap - EXIT
+    [ -z "$mounted" ] || "$clipshim" umount "$mounted" 2>/dev/null || true
+    if [ -n "${clipshim:-}" ] && [ -z "$clean" ] && [ -x "$clipshim" ]; then
+        "$clipshim" delete --force "$container" >/dev/null 2>&1 || true
+    fi
+    if [ -n "$registry_pid" ]; then
+        kill "$registry_pid" 2>/dev/null || true
+        wait "$registry_pid" 2>/dev/null || true
+    fi
+    [ -n "$keep" ] || rm -rf "$bundle" "$cache/look" "$cache/registry.log" "$cache/address"
+    exit $status
+}
+
+clipshim=$venv/bin/clipshim
+python=$venv/bin/python
+
+if [ -n "$clean" ]; then
+    [ ! -x "$clipshim" ] || "$clipshim" daemon --stop -q || true
+    rm -rf "$cache"
+    if [ -z "${CLIPSHIM_DEMO_VENV:-}" ]; then
+        link=$prefix/usr/local/bin/clipshim
+        [ "$(readlink "$link" 2>/dev/null)" != "$clipshim" ] || rm -f "$link"
+        rm -rf "$venv"
+    fi
+    say "clean; indexes and cached data stay in the state directory (/var/lib/clip)"
+    exit 0
+fi
+trap finish EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
+retry() {
+    local attempt
+    for attempt in 1 2 3 4 5; do
+        "$@" && return 0
+        printf 'attempt %s failed: %s\n' "$attempt" "$*" >&2
+        sleep $((attempt * 2))
+    done
+    return 1
+}
+
+install_packages() {
+    local missing=() package
+    for package in "${packages[@]}"; do
+        [ "$(dpkg-query -W -f='${db:Status-Status}' "$package" 2>/dev/null)" = installed ] ||
+            missing+=("$package")
+    done
+    [ ${#missing[@]} -gt 0 ] || return 0
+    command -v apt-get >/dev/null || die "install these and run it again: ${missing[*]}"
+    say "installing ${missing[*]}"
+    export DEBIAN_FRONTEND=noninteractive
+    retry apt-get -q -o DPkg::Lock::Timeout=300 update
+    retry apt-get -q -y -o DPkg::Lock::Timeout=300 install --no-install-recommends "${missing[@]}"
+}
+
+install_clipshim() {
+    # Again only when the code has changed.
+    local stamp
+    stamp=$(cd "$checkout" && find clipshim hatch_build.py pyproject.toml -type f \
+        ! -name '*.pyc' -print0 | sort -z | xargs -0 sha256sum | sha256sum)
+    if [ "$(cat "$venv/stamp" 2>/dev/null)" != "$stamp" ]; then
+        say "installing clipshim into $venv"
+        [ -x "$python" ] || /usr/bin/python3 -m venv "$venv"
+        retry "$python" -m pip install -q --disable-pip-version-check --upgrade "$checkout"
+        printf '%s\n' "$stamp" >"$venv/stamp"
+        # A daemon of the old code gives way to the new under running containers.
+        "$clipshim" daemon --replace -q 2>/dev/null </dev/null || true
+    fi
+    mkdir -p "$prefix/usr/local/bin"
+    ln -sfn "$clipshim" "$prefix/usr/local/bin/clipshim"
+}
+
+make_image() {
+    [ ! -e "$cache/image/index.json" ] || return 0
+    local root=${CLIPSHIM_DEMO_ROOT:-$cache/root}
+    if [ ! -e "$root/usr/bin/python3" ]; then
+        say "making a small real image (Debian with Python)"
+        local suite mirror
+        suite=$(. /etc/os-release && printf %s "${VERSION_CODENAME:-bookworm}")
+        mirror=http://deb.debian.org/debian
+        [ "$(. /etc/os-release && printf %s "$ID")" != ubuntu ] || mirror=http://archive.ubuntu.com/ubuntu
+        rm -rf "$root.new"
+        retry debootstrap --variant=minbase --include=python3-minimal,libpython3-stdlib \
+            "$suite" "$root.new" "$mirror" >"$cache/debootstrap.log" 2>&1 ||
+            die "debootstrap failed, see $cache/debootstrap.log"
+        mv "$root.new" "$root"
+    fi
+    "$python" "$here/demo_image.py" "$root" "$cache/image" latest
+    [ "$root" != "$cache/root" ] || rm -rf "$root"
+}
+
+serve_image() {
+    rm -f "$cache/address"
+    "$python" -m clipshim.registry.embedded_server --port-file "$cache/address" \
+        "$cache/image" demo >"$cache/registry.log" 2>&1 </dev/null &
+    registry_pid=$!
+    local deadline=$((SECONDS + 60))
+    until [ -s "$cache/address" ]; do
+        kill -0 "$registry_pid" 2>/dev/null || die "the registry ended, see $cache/registry.log"
+        [ $SECONDS -lt $deadline ] || die "the registry did not start, see $cache/registry.log"
+        sleep 0.1
+    done
+    image=$(cat "$cache/address")/demo:latest
+}
+
+if [ -z "${CLIPSHIM_DEMO_VENV:-}" ]; then
+    install_packages
+    install_clipshim
+fi
+[ -x "$clipshim" ] || die "$clipshim: not there"
+mkdir -p "$cache"
+
+if [ -z "$image" ]; then
+    make_image
+    serve_image
+elif [ ${#program[@]} -eq 0 ]; then
+    program=(sh -c 'echo "hello from $(. /etc/os-release && echo "$PRETTY_NAME")"')
+fi
+
+say "1. index: $image"
+begin=$(now_ms)
+"$clipshim" index "$image" --format json >"$cache/index.json"
+index_ms=$(($(now_ms) - begin))
+index=$("$python" -c 'import json, sys; print(json.load(open(sys.argv[1]))["index"])' "$cache/index.json")
+
+say "2. look: the tree, mounted by hand"
+mkdir -p "$cache/look"
+"$clipshim" mount "$index" "$cache/look" -q
+mounted=$cache/look
+links() { stat -c %h "$cache/look/$1" 2>/dev/null || printf 'none'; }
+proc_links=$(links proc) usr_links=$(links usr)
+entries=$(find "$cache/look" -xdev | wc -l)
+"$clipshim" umount "$cache/look"
+mounted=
+printf '%s files and directories, links: /proc %s, /usr %s\n' "$entries" "$proc_links" "$usr_links"
+
+say "3. bundle"
+rm -rf "$bundle"
+begin=$(now_ms)
+"$clipshim" bundle "$index" "$bundle" -q -- ${program[@]+"${program[@]}"}
+bundle_ms=$(($(now_ms) - begin))
+
+say "4. run"
+before=$("$clipshim" status --format json)
+begin=$(now_ms)
+"$clipshim" run --bundle "$bundle" "$container" </dev/null
+run_ms=$(($(now_ms) - begin))
+after=$("$clipshim" status --format json)
+
+say "what happened"
+"$python" - "$cache/index.json" "$before" "$after" <<'PYTHON'
+import json
+import sys
+
+index = json.load(open(sys.argv[1]))
+before, after = (json.loads(text) for text in sys.argv[2:])
+
+
+def fetched(status):
+    return status["fetched"]["bytes"]
+
+
+image = index["compressed_size"]
+print(f"image:    {image / 1e6:8.1f} MB compressed, {index['layers']} layers")
+print(f"index:    {index['index_size'] / 1e6:8.2f} MB ({index['index_size'] / image:.1%})")
+got = fetched(after) - fetched(before)
+print(f"fetched:  {got / 1e6:8.2f} MB ({got / image:.1%} of the image) to run the program")
+PYTHON
+printf 'index     %6d ms\nbundle    %6d ms\nrun       %6d ms, from the command to its end\n' \
+    "$index_ms" "$bundle_ms" "$run_ms"
+for found in "$proc_links" "$usr_links"; do
+    [ "$found" = none ] || [ "$found" -ge 2 ] || die "expected 2 links or more, got $found"
+done
+printf 'checks    /proc and /usr are sound\n'
+[ -z "$keep" ] || printf 'kept      clipshim run --bundle %s ID\n' "$bundle"
