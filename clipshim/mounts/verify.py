@@ -18,12 +18,21 @@ if TYPE_CHECKING:
 
 def verify_tree(path: str, expected_device: int) -> None:
     """Checks that the directory `path` is the tree itself and not what lies beneath its mount."""
-    found = os.stat(path, follow_symlinks=False).st_dev
-    if found != expected_device:
-        raise VerifyError(
-            f"tree at {path}: expected device {expected_device:#x}, found {found:#x}",
-            hint="the mount is not visible in this mount namespace",
-        )
+    root_fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        found = os.fstat(root_fd).st_dev
+        if found != expected_device:
+            raise VerifyError(
+                f"tree at {path}: expected device {expected_device:#x}, found {found:#x}",
+                hint="the mount is not visible in this mount namespace",
+            )
+        for name in ("/", "/proc", "/usr"):
+            try:
+                _verify_directory(root_fd, f"tree {path}", name, min_links=2)
+            except FileNotFoundError:
+                continue  # missing directories are verify_rootfs's to judge
+    finally:
+        os.close(root_fd)
 
 
 def verify_rootfs(
@@ -43,12 +52,13 @@ def verify_rootfs(
     try:
         if fstype:
             _verify_mount(root_fd, path, fstype)
-        if os.fstat(root_fd).st_nlink < 2:
-            raise VerifyError(
-                f"rootfs {path}: /: expected at least 2 links, found {os.fstat(root_fd).st_nlink}"
-            )
+        # overlayfs gives directories that it merges from several layers one link (fs/overlayfs
+        # ovl_getattr); what runc refuses is none at all. The tree's own are checked beforehand.
+        links = 1 if fstype in ("overlay", "fuse.fuse-overlayfs") else 2
+        where = f"rootfs {path}"
+        _verify_directory(root_fd, where, "/", min_links=links)
         try:
-            _verify_directory(root_fd, path, "/proc")
+            _verify_directory(root_fd, where, "/proc", min_links=links)
         except FileNotFoundError:
             if readonly:
                 raise VerifyError(
@@ -56,10 +66,10 @@ def verify_rootfs(
                     hint="the root is read-only, so that it cannot be created",
                 ) from None
             os.mkdir("proc", 0o555, dir_fd=root_fd)
-            _verify_directory(root_fd, path, "/proc")
+            _verify_directory(root_fd, where, "/proc", min_links=links)
         if has_usr:
             try:
-                _verify_directory(root_fd, path, "/usr")
+                _verify_directory(root_fd, where, "/usr", min_links=links)
             except FileNotFoundError:
                 raise VerifyError(
                     f"rootfs {path}: /usr: expected a directory, found nothing"
@@ -82,25 +92,23 @@ def _verify_mount(root_fd: int, path: str, fstype: str) -> None:
         )
 
 
-def _verify_directory(root_fd: int, path: str, name: str) -> None:
+def _verify_directory(root_fd: int, where: str, name: str, *, min_links: int) -> None:
     """Raises FileNotFoundError when there is nothing, VerifyError when it is something else."""
     try:
         fd = safe_paths.open_in_root(root_fd, name)
     except FileNotFoundError:
         raise
     except OSError as exc:
-        raise VerifyError(f"rootfs {path}: {name}: expected a directory: {exc}") from exc
+        raise VerifyError(f"{where}: {name}: expected a directory: {exc}") from exc
     try:
         facts = os.fstat(fd)
     finally:
         os.close(fd)
     if not stat.S_ISDIR(facts.st_mode):
+        raise VerifyError(f"{where}: {name}: expected a directory, found mode {facts.st_mode:o}")
+    if facts.st_nlink < min_links:
         raise VerifyError(
-            f"rootfs {path}: {name}: expected a directory, found mode {facts.st_mode:o}"
-        )
-    if facts.st_nlink < 2:
-        raise VerifyError(
-            f"rootfs {path}: {name}: expected at least 2 links, found {facts.st_nlink}",
+            f"{where}: {name}: expected at least {min_links} links, found {facts.st_nlink}",
             hint="runc would call this a deleted directory",
         )
 

@@ -107,7 +107,8 @@ def _file_source(value: str, bundle: Bundle, settings: "Settings") -> Source:
             f"{where}: expected a digest, a file name in the bundle, or an absolute path"
         )
     return Source(
-        {"fd": True, "origin": f"file:{bundle.path}/{value}"}, _open_index(bundle.path, value, where)
+        {"fd": True, "origin": f"file:{bundle.path}/{value}"},
+        _open_index(bundle.path, value, where),
     )
 
 
