@@ -6,6 +6,7 @@ from typing import Any
 
 from clipshim import __version__
 from clipshim.errors import UsageError
+from clipshim.node.cleanup import collect
 from clipshim.node.keeper_state import read_state
 from clipshim.node.node import Node
 from clipshim.node.rpc import Handler, Request
@@ -28,6 +29,7 @@ class Operations:
             "ping": self.ping,
             "mount": self.mount,
             "release": self.release,
+            "gc": self.gc,
             "stop": self.stop,
             "replace": self.replace,
         }
@@ -83,6 +85,11 @@ class Operations:
         self._node.trees.release(container)
         self._node.hand_mounts.remove(container)
         return {}
+
+    async def gc(self, request: Request) -> dict[str, Any]:
+        """Removes garbage, or says what would go."""
+        dry_run = request.flag("dry_run")
+        return {"removed": await collect(self._node, dry_run=dry_run, unused_trees=True)}
 
     async def stop(self, request: Request) -> dict[str, Any]:
         """Ends the daemon, unless containers need it."""

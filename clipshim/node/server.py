@@ -14,6 +14,7 @@ import trio
 from clipshim.errors import ClipError
 from clipshim.lazy.fuse_session import serve
 from clipshim.lazy.layers_fs import LayersOperations
+from clipshim.node.cleanup import clean_at_start
 from clipshim.node.keeper import resolve_directories
 from clipshim.node.keeper_link import KeeperLink, parse_arguments
 from clipshim.node.logs import configure
@@ -49,6 +50,7 @@ async def run(settings: Settings, arguments: str) -> None:
             log.info("serving", extra={"trees": len(node.trees.trees)})
             gc.freeze()  # what is loaded now stays: later collections need not walk it
             nursery.start_soon(node.keep_house)
+            nursery.start_soon(clean_at_start, node)
             await trio.sleep_forever()
         finally:
             with trio.CancelScope(shield=True, deadline=trio.current_time() + 10.0):

@@ -321,6 +321,19 @@ class TreeMounts:
                 gone.append(tree.image_id)
         return gone
 
+    async def remove_stale(self, image_id: str) -> None:
+        """Removes mount and files of an image that has no tree, unless it gets one meanwhile."""
+        tree = self.trees.setdefault(image_id, Tree(image_id))
+        async with tree.lock:
+            if self.trees.get(image_id) is not tree or tree.state is not State.ABSENT:
+                return
+            try:
+                await self._worker.unmount(self.target(image_id))
+                await trio.to_thread.run_sync(self._records.remove, image_id)
+            finally:
+                if not tree.coming:
+                    del self.trees[image_id]
+
     async def abandon(self) -> None:
         """Detaches every tree that is left: the daemon is being stopped by force."""
         for tree in list(self.trees.values()):

@@ -1,0 +1,144 @@
+"""Garbage collection of a node: at the server's start and by `clipshim gc`.
+
+Containers are container_cleanup.py's, in a process of its own. Here: trees that nobody uses,
+mounts and files of trees that no record describes, indexes that nobody named and nobody used for
+a week. Cached spans are the layer store's own business.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import sys
+import time
+from dataclasses import dataclass
+
+import trio
+
+from clipshim.errors import ClipError
+from clipshim.mounts import mountinfo
+from clipshim.node.containers import read_containers
+from clipshim.node.images import ImageNames
+from clipshim.node.node import Node
+
+log = logging.getLogger(__name__)
+
+INDEX_AGE_S = 7 * 86400.0
+DRAFT_AGE_S = 86400.0
+CONTAINERS_TIMEOUT_S = 300.0
+
+
+@dataclass(frozen=True)
+class IndexFile:
+    """An index in the local store, as the choice sees it."""
+
+    digest: str
+    age_s: float  # since it was last used or added
+    named: bool
+    in_use: bool
+
+
+def choose_indexes(files: list[IndexFile], age_s: float = INDEX_AGE_S) -> list[str]:
+    """The digests of indexes to remove: neither named nor in use, and old."""
+    return [f.digest for f in files if not f.named and not f.in_use and f.age_s > age_s]
+
+
+def choose_trees(found: set[str], known: set[str]) -> list[str]:
+    """The image IDs that have files or mounts but no tree."""
+    return sorted(found - known)
+
+
+async def collect(node: Node, *, dry_run: bool, unused_trees: bool) -> list[str]:
+    """Removes garbage, or only says what it would remove; one text for each thing."""
+    removed = await clean_containers(dry_run=dry_run)
+    trees = node.trees
+    if unused_trees:
+        removed += [f"unused tree {tree.image_id}" for tree in trees.idle(0.0)]
+        if not dry_run:
+            await trees.unmount_idle(0.0)
+    for image_id in choose_trees(await _tree_ids(node), set(trees.trees)):
+        removed.append(f"stale tree {image_id}")
+        if not dry_run:
+            await trees.remove_stale(image_id)
+    files = await trio.to_thread.run_sync(_index_files, node, set(trees.trees))
+    for digest in choose_indexes(files):
+        removed.append(f"index {digest}")
+        if not dry_run:
+            await trio.to_thread.run_sync(node.images.remove, digest)
+    removed += await trio.to_thread.run_sync(_drafts, node.images, dry_run)
+    for text in removed:
+        log.info("%s %s", "would remove" if dry_run else "removed", text)
+    return removed
+
+
+async def clean_containers(*, dry_run: bool) -> list[str]:
+    """Runs container_cleanup.py. What fails is logged, not raised."""
+    command = [sys.executable, "-I", "-m", "clipshim.node.container_cleanup"]
+    if dry_run:
+        command.append("--dry-run")
+    removed = []
+    with trio.move_on_after(CONTAINERS_TIMEOUT_S):
+        done = await trio.run_process(
+            command, capture_stdout=True, capture_stderr=True, check=False
+        )
+        if done.returncode:
+            log.error("clean-up of containers: %s", done.stderr.decode(errors="replace").strip())
+        for line in done.stdout.splitlines():
+            report = json.loads(line)
+            if report["kind"] == "error":
+                log.error("container %s: %s", report["key"], report["detail"])
+            else:
+                removed.append(f"{report['kind']} {report['key']} ({report['detail']})")
+        return removed
+    log.error("clean-up of containers took too long")
+    return removed
+
+
+async def clean_at_start(node: Node) -> None:
+    """In the background of a new server."""
+    try:
+        await collect(node, dry_run=False, unused_trees=False)
+    except (ClipError, OSError) as exc:
+        log.error("clean-up: %s", exc)
+
+
+async def _tree_ids(node: Node) -> set[str]:
+    found = await trio.to_thread.run_sync(node.records.image_ids)
+    parent = f"{node.settings.state_dir}/mnts"
+    with contextlib.suppress(FileNotFoundError):
+        found |= set(os.listdir(parent))
+    for mount in mountinfo.mounts_beneath(parent):
+        found.add(mount.mount_point.removeprefix(f"{parent}/").split("/")[0])
+    return found
+
+
+def _index_files(node: Node, mounted: set[str]) -> list[IndexFile]:
+    images = node.images
+    named = set(images.names().values())
+    in_use = {
+        container.text("index_digest") for container in read_containers(node.settings.run_dir)
+    }
+    files = []
+    now = time.time()
+    for digest in images.digests():
+        with contextlib.suppress(OSError):
+            status = os.stat(images.path(digest))
+            age_s = now - max(status.st_mtime, status.st_atime)
+            used = digest in in_use or digest[7:39] in mounted
+            files.append(IndexFile(digest, age_s, digest in named, used))
+    return files
+
+
+def _drafts(images: ImageNames, dry_run: bool) -> list[str]:
+    """Half-written files of processes that died."""
+    removed = []
+    with contextlib.suppress(FileNotFoundError):
+        for entry in os.scandir(images.directory):
+            if not entry.name.startswith(".new-") or entry.is_dir(follow_symlinks=False):
+                continue
+            with contextlib.suppress(OSError):
+                if time.time() - entry.stat(follow_symlinks=False).st_mtime > DRAFT_AGE_S:
+                    removed.append(f"draft {entry.path}")
+                    if not dry_run:
+                        os.unlink(entry.path)
+    return removed
