@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tarfile
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from clipshim.index.erofs_read import HOLE, ErofsImage
 from clipshim.index.erofs_write import write_erofs
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 PIECE = 1 << 20
+Format = Literal[0, 1, 2]  # of tarfile
 
 
 def member(
@@ -30,7 +31,7 @@ def member(
     target: str = "",
     device: tuple[int, int] = (0, 0),
     pax: dict[str, str] | None = None,
-    form: int = tarfile.PAX_FORMAT,
+    form: Format = tarfile.PAX_FORMAT,
 ) -> bytes:
     """One member: its headers, its data, its padding."""
     info = tarfile.TarInfo(name)
