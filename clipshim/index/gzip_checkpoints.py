@@ -143,7 +143,7 @@ class _Scanner:
         while True:
             # whole buffers first; then block by block, to stop at the first end of one
             wanted = min(_OUTPUT, self._spacing - self._made)
-            overdue = wanted <= 0 or self._position - self._start > _MAX_COMPRESSED
+            overdue = wanted <= 0
             buffer = bytearray(wanted if wanted > 0 else _OUTPUT)
             out = (ctypes.c_char * len(buffer)).from_buffer(buffer)
             stream.next_out, stream.avail_out = ctypes.addressof(out), len(buffer)
@@ -153,6 +153,7 @@ class _Scanner:
                     raise LayerError(
                         f"{self._label}: gzip stream ends too early, after {self._position} bytes"
                     )
+                overdue = overdue or self._position - self._start > _MAX_COMPRESSED
                 result = self._libz.inflate(stream, Z_BLOCK if overdue else Z_NO_FLUSH)
                 if result not in (Z_OK, Z_STREAM_END, Z_BUF_ERROR):
                     self._damaged(result)
