@@ -224,7 +224,7 @@ before, after = (json.loads(text) for text in sys.argv[2:])
 
 
 def fetched(status):
-    return status["fetched"]["bytes"]
+    return status.get("fetch", {}).get("fetched_bytes", 0)
 
 
 image = index["compressed_size"]

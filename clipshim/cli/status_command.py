@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Annotated, Any
 
 import typer
 
 from clipshim.cli.options import Format, OutputFormat
-from clipshim.cli.terminal import print_fields, print_json, print_table
+from clipshim.cli.terminal import human_size, print_fields, print_json, print_table
 
 
 def command(
@@ -46,14 +47,15 @@ def command(
 
 
 def show(document: dict[str, Any]) -> None:
-    """The daemon's status document as text: scalars first, then a table for each list."""
-    print_fields([(_title(key), value) for key, value in document.items() if not _is_nested(value)])
+    """A document of the daemon as text: its scalars first, then what is nested."""
+    print_fields([(_title(key), _text(key, v)) for key, v in document.items() if not _is_nested(v)])
     for key, value in document.items():
         if isinstance(value, dict) and value:
-            print_fields([(f"{_title(key)} {_title(k)}", v) for k, v in value.items()])
+            print_fields([(f"{_title(key)} {_title(k)}", _text(k, v)) for k, v in value.items()])
         elif isinstance(value, list) and value and isinstance(value[0], dict):
             columns = [name for name in value[0] if not _is_nested(value[0][name])]
-            print_table(columns, [[row.get(name, "") for name in columns] for row in value])
+            titles = [_title(name) for name in columns]
+            print_table(titles, [[_text(n, row.get(n, "")) for n in columns] for row in value])
         elif isinstance(value, list):
             print_fields([(_title(key), ", ".join(map(str, value)) or "none")])
 
@@ -63,4 +65,21 @@ def _is_nested(value: object) -> bool:
 
 
 def _title(key: str) -> str:
-    return key.replace("_", " ")
+    return key.replace("_", " ").removesuffix(" bytes").removesuffix(" at")
+
+
+def _text(key: str, value: object) -> object:
+    """A value as a person reads it, by the convention of its key's name."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int) and key.endswith(("_bytes", "size")):
+        return human_size(value)
+    if isinstance(value, int) and key.endswith(("_time", "_at")):
+        return f"{datetime.fromtimestamp(value, UTC):%Y-%m-%d %H:%M:%S}Z"
+    if isinstance(value, str) and key == "image_id":
+        return value[:12]
+    if isinstance(value, str) and key.endswith(("diff_id", "digest")):
+        return value.partition(":")[2][:12]
+    return value
