@@ -34,6 +34,7 @@ class Child:
         self.pidfd = -1
         self.restart_at: float | None = None
         self.ending = False  # its exit is expected: do not restart
+        self.deaths = 0  # unexpected and not, since this keeper started
         self._popen: subprocess.Popen[bytes] | None = None
         self._failures = 0
         self._started = 0.0
@@ -81,6 +82,7 @@ class Child:
         if now - self._started >= STEADY_S:
             self._failures = 0
         self._failures += 1
+        self.deaths += 1
         self.restart_at = now + restart_delay(self._failures)
         return status
 

@@ -20,6 +20,7 @@ from clipshim.mounts import mountinfo
 from clipshim.node.containers import read_containers
 from clipshim.node.images import ImageNames
 from clipshim.node.node import Node
+from clipshim.node.unpacked import remove_quietly
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +61,11 @@ async def collect(node: Node, *, dry_run: bool, unused_trees: bool) -> list[str]
         removed.append(f"stale tree {image_id}")
         if not dry_run:
             await trees.remove_stale(image_id)
+    for image_id in choose_trees(_unpacked_ids(node), set(trees.trees)):
+        removed.append(f"unpacked image {image_id}")
+        if not dry_run:
+            path = node.unpacker.path(image_id)
+            await trio.to_thread.run_sync(remove_quietly, path)
     files = await trio.to_thread.run_sync(_index_files, node, set(trees.trees))
     for digest in choose_indexes(files):
         removed.append(f"index {digest}")
@@ -110,6 +116,12 @@ async def _tree_ids(node: Node) -> set[str]:
     for mount in mountinfo.mounts_beneath(parent):
         found.add(mount.mount_point.removeprefix(f"{parent}/").split("/")[0])
     return found
+
+
+def _unpacked_ids(node: Node) -> set[str]:
+    with contextlib.suppress(FileNotFoundError):
+        return set(os.listdir(node.unpacker.directory))
+    return set()
 
 
 def _index_files(node: Node, mounted: set[str]) -> list[IndexFile]:

@@ -96,7 +96,12 @@ class Keeper:
             "layers": self.layers_fd,
             "lock": self.lock_fd,
         }
-        arguments = {"fds": names, "trees": self.tree_fds, "generation": self.state.generation}
+        arguments: dict[str, Any] = {
+            "fds": names,
+            "trees": self.tree_fds,
+            "generation": self.state.generation,
+        }
+        arguments["restarts"] = self.server.deaths
         fds = [*names.values(), *self.tree_fds.values()]
         with theirs:
             try:

@@ -5,7 +5,7 @@ import logging
 import os
 import socket
 import subprocess
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import trio
 
@@ -154,7 +154,15 @@ async def _ignore(message: Message) -> None:
     log.warning("keeper: order %r came too early", message.get("op"))
 
 
-def parse_arguments(text: str) -> tuple[dict[str, int], dict[str, int], str]:
-    """fds, tree fds and generation as the keeper passes them."""
-    raw = json.loads(text)
-    return raw["fds"], raw["trees"], raw["generation"]
+class ServerArguments(NamedTuple):
+    """What the keeper starts a server with."""
+
+    fds: dict[str, int]  # control, listener, layers, lock
+    trees: dict[str, int]
+    generation: str
+    restarts: int  # servers that died before this one
+
+    @classmethod
+    def parse(cls, text: str) -> "ServerArguments":
+        """From the command line."""
+        return cls(**json.loads(text))

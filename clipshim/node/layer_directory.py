@@ -14,10 +14,11 @@ import trio
 from clipshim.errors import ClipError, StoreError
 from clipshim.index.model import Index, open_index
 from clipshim.lazy.fetching import Fetching
-from clipshim.lazy.layer_reader import LayerReader
+from clipshim.lazy.layer_reader import LayerReader, Recorder
 from clipshim.lazy.layer_store import LayerStore
 from clipshim.lazy.layers_fs import layer_inode
 from clipshim.lazy.span_source import SpanSource
+from clipshim.lazy.statistics import LayerStatistics
 
 log = logging.getLogger(__name__)
 
@@ -50,8 +51,29 @@ class ShownLayer:
         self.busy = 0
         self.reader: LayerReader | None = None
         self.indexes: list[Index] = []
+        self.recorders: set[Recorder] = set()  # survive that the reader is closed and opened
+        self._before = LayerStatistics()  # of readers that were closed
         self._directory = directory
         self._opening = trio.Lock()
+
+    def statistics(self) -> LayerStatistics:
+        """Since the layer was first shown."""
+        total = LayerStatistics()
+        total.add(self._before)
+        if self.reader is not None:
+            total.add(self.reader.statistics)
+        return total
+
+    def take_statistics(self, reader: LayerReader) -> None:
+        """Keeps what a reader counted that is being closed."""
+        self._before.add(reader.statistics)
+
+    def record(self, recorder: Recorder, *, on: bool) -> None:
+        """Has a recorder told of the spans that are read, or no more."""
+        change = set.add if on else set.discard
+        change(self.recorders, recorder)
+        if self.reader is not None:
+            change(self.reader.recorders, recorder)
 
     async def read(self, offset: int, size: int) -> bytes | bytearray | memoryview:
         """See LayerFile."""
@@ -93,7 +115,6 @@ class LayerDirectory:
         self._by_name: dict[str, ShownLayer] = {}
         self._by_inode: dict[int, ShownLayer] = {}
         self._leaving: set[ShownLayer] = set()  # hidden while something of them was in flight
-        self.on_open: Callable[[LayerReader], None] = lambda _reader: None
 
     def show(
         self, image_id: str, index_path: str, layers: list[tuple[str, int]], *, trusted: bool
@@ -134,6 +155,10 @@ class LayerDirectory:
         """Layers whose index is open."""
         return sum(layer.reader is not None for layer in self._by_name.values())
 
+    def of_image(self, image_id: str) -> list[ShownLayer]:
+        """The layers of an image that is shown, in no order."""
+        return [layer for layer in self._by_name.values() if image_id in layer.providers]
+
     def readers(self) -> list[LayerReader]:
         """The layers in use."""
         return [layer.reader for layer in self._by_name.values() if layer.reader is not None]
@@ -169,8 +194,8 @@ class LayerDirectory:
             layer.indexes.append(index)
         if reader is None:
             raise problem or StoreError(f"layer {layer.key}: no index describes it")
+        reader.recorders |= layer.recorders
         layer.reader = reader
-        self.on_open(reader)
 
     def close_idle(self) -> None:
         """Closes what has not been read for a while."""
@@ -203,6 +228,7 @@ class LayerDirectory:
         if layer.reader is None:
             return
         self._fetching.total.add(layer.reader.statistics)
+        layer.take_statistics(layer.reader)
         layer.reader = None
         self._store.release(layer.key)
         for index in layer.indexes:

@@ -8,21 +8,25 @@ from collections.abc import AsyncIterator
 
 import trio
 
-from clipshim.errors import ClipError, StoreError
+from clipshim.errors import ClipError, MountError, StoreError
 from clipshim.index.model import Index, open_index
 from clipshim.lazy.fetching import Fetching
-from clipshim.lazy.layer_reader import LayerReader
+from clipshim.lazy.layer_reader import Data, LayerReader
 from clipshim.lazy.layer_store import LayerStore
 from clipshim.lazy.span_source import BlobSource, EmbeddedSource, SpanSource
+from clipshim.lazy.statistics import LayerStatistics
 from clipshim.node.containers import read_containers
+from clipshim.node.events import Events
 from clipshim.node.hand_mounts import HandMounts
 from clipshim.node.images import ImageNames
 from clipshim.node.keeper_link import KeeperLink
 from clipshim.node.layer_directory import LayerDirectory, ShownLayer
 from clipshim.node.mount_client import MountClient
-from clipshim.node.resolver import Resolver
-from clipshim.node.tree_mounts import TreeMounts
+from clipshim.node.resolver import Progress, Resolved, Resolver
+from clipshim.node.start_watch import StartWatch
+from clipshim.node.tree_mounts import MountRequest, Tree, TreeMounts
 from clipshim.node.tree_records import TreeRecord, TreeRecords
+from clipshim.node.unpacked import Unpacker
 from clipshim.registry.access import RegistryAccess
 from clipshim.registry.blobs import BlobReader, locate_blob
 from clipshim.registry.references import Reference, parse_image
@@ -37,13 +41,22 @@ class Node:
     """The state of one server."""
 
     def __init__(
-        self, settings: Settings, nursery: trio.Nursery, keeper: KeeperLink, generation: str
+        self,
+        settings: Settings,
+        nursery: trio.Nursery,
+        keeper: KeeperLink,
+        generation: str,
+        restarts: int,
     ) -> None:
         self.settings = settings
+        self.restarts = restarts
+        self.lazy = True  # false without FUSE: then images can only be unpacked
+        self.events = Events()
         self.nursery = nursery
         self.keeper = keeper
         self.started = time.time()
         self.images = ImageNames(settings)
+        self.unpacker = Unpacker(settings)
         self.store = LayerStore(
             settings.layer_store,
             limit_bytes=settings.cache_bytes,
@@ -51,7 +64,9 @@ class Node:
         )
         self.fetching = Fetching(nursery, settings)
         self.resolver = Resolver(settings, self.images)
+        self.resolver.indexing_s = self.events.indexing_took
         self.layers = LayerDirectory(self.store, self.fetching, self._make_source)
+        self.starts = StartWatch(self.layers)
         self.worker = MountClient(settings.run_dir)
         self.records = TreeRecords(settings.state_dir)
         self.hand_mounts = HandMounts(settings.run_dir)
@@ -91,6 +106,14 @@ class Node:
             access = RegistryAccess.from_settings(self.settings, anonymous=not with_credentials)
             found = self._blobs[with_credentials] = BlobReader(access)
         return found
+
+    def fetch_statistics(self) -> LayerStatistics:
+        """Of all layers, also those that are closed."""
+        total = LayerStatistics()
+        total.add(self.fetching.total)
+        for reader in self.layers.readers():
+            total.add(reader.statistics)
+        return total
 
     def registry_statistics(self) -> list[dict[str, object]]:
         """Of every blob reader in use."""
@@ -134,6 +157,36 @@ class Node:
         except (ClipError, OSError) as exc:
             log.warning("tree %s: %s", record.image_id, exc)
 
+    # Mounting
+
+    async def mount(
+        self, resolved: Resolved, hold: str | None, mode: str, progress: Progress
+    ) -> Tree:
+        """Lazily, or whole if that cannot be and the configuration says so. Raises ClipError."""
+        request = MountRequest(resolved.facts, resolved.path, hold, mode, resolved.trusted)
+        if hold is not None:
+            self.trees.release(hold)  # a container that is created again may name another image
+        try:
+            if not self.lazy:
+                raise MountError("this machine has no /dev/fuse", hint='fallback = "unpack"')
+            return await self.trees.mount(request)
+        except MountError as exc:
+            if self.settings.fallback != "unpack":
+                raise
+            log.warning("cannot mount lazily: %s", exc)
+        self.events.unpacked += 1
+
+        async def unpack(record: TreeRecord) -> str:
+            async def read(position: int, offset: int, size: int) -> Data:
+                layer = self.layers.get(record.layers[position].key)
+                if layer is None:
+                    raise StoreError(f"layer {record.layers[position].key}: not shown")
+                return await layer.read(offset, size)
+
+            return await self.unpacker.unpack(resolved, read, progress)
+
+        return await self.trees.mount_directory(request, unpack)
+
     # Life
 
     async def take_over(self, records: list[TreeRecord]) -> None:
@@ -153,6 +206,7 @@ class Node:
         pause = max(0.2, min(5.0, self.settings.linger_s / 4))
         while True:
             await trio.sleep(pause)
+            self.starts.end_due()
             try:
                 await self.trees.unmount_idle(self.settings.linger_s)
                 self.layers.close_idle()

@@ -11,7 +11,6 @@ from clipshim.node.keeper_state import read_state
 from clipshim.node.node import Node
 from clipshim.node.rpc import Handler, Request
 from clipshim.node.server_life import ServerLife
-from clipshim.node.tree_mounts import MountRequest
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +28,10 @@ class Operations:
             "ping": self.ping,
             "mount": self.mount,
             "release": self.release,
+            "event": self.event,
+            "status": self.status,
+            "metrics": self.metrics,
+            "report": self.report,
             "gc": self.gc,
             "stop": self.stop,
             "replace": self.replace,
@@ -56,9 +59,7 @@ class Operations:
             request.fields.get("source"), request.fds, request.progress
         )
         facts = resolved.facts
-        tree = await node.trees.mount(
-            MountRequest(facts, resolved.path, container, mode, resolved.trusted)
-        )
+        tree = await node.mount(resolved, container, mode, request.progress)
         try:
             request.reply_fds.append(await node.trees.clone(tree))
             if by_hand and container is not None:
@@ -68,6 +69,8 @@ class Operations:
                 node.trees.release(container)
             raise
         assert tree.record is not None
+        if container is not None and not by_hand:
+            node.starts.begin(container, tree.record)
         return {
             "image_id": facts.image_id,
             "index_digest": facts.digest,
@@ -82,9 +85,40 @@ class Operations:
     async def release(self, request: Request) -> dict[str, Any]:
         """A container or a mount by hand is gone. Idempotent."""
         container = request.text("container")
+        self._node.starts.end(container)
         self._node.trees.release(container)
         self._node.hand_mounts.remove(container)
         return {}
+
+    async def event(self, request: Request) -> dict[str, Any]:
+        """What became of a container."""
+        name = request.text("name")
+        if name == "container_started":
+            self._node.events.container_started()
+            self._node.starts.started(request.optional_text("container") or "")
+        elif name == "container_failed":
+            self._node.events.container_failed(request.optional_text("cause") or "unknown")
+        else:
+            raise UsageError(f"event: unknown name {name!r}")
+        return {}
+
+    async def status(self, request: Request) -> dict[str, Any]:
+        """The node as it is."""
+        from clipshim.node.reports import status  # pydantic: 10 MB that a quiet node saves
+
+        return (await status(self._node)).model_dump()
+
+    async def metrics(self, request: Request) -> dict[str, Any]:
+        """Prometheus's text."""
+        from clipshim.node.metrics import metrics_text
+
+        return {"text": metrics_text(self._node)}
+
+    async def report(self, request: Request) -> dict[str, Any]:
+        """What a container has fetched."""
+        from clipshim.node.reports import report
+
+        return (await report(self._node, request.text("container"))).model_dump()
 
     async def gc(self, request: Request) -> dict[str, Any]:
         """Removes garbage, or says what would go."""

@@ -122,7 +122,8 @@ class Resolver:
         try:
             return await trio.to_thread.run_sync(self._pull, name, access)
         except NotFoundError:
-            if engine_named or not self._settings.index_on_demand:
+            on_demand = self._settings.index_on_demand or self._settings.fallback == "unpack"
+            if engine_named or not on_demand:
                 raise NotFoundError(
                     f"image {name}: no index of it in the local store or its registry",
                     hint=f"make one: clipshim index {name}; or set index_on_demand = true",

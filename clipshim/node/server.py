@@ -16,7 +16,7 @@ from clipshim.lazy.fuse_session import serve
 from clipshim.lazy.layers_fs import LayersOperations
 from clipshim.node.cleanup import clean_at_start
 from clipshim.node.keeper import resolve_directories
-from clipshim.node.keeper_link import KeeperLink, parse_arguments
+from clipshim.node.keeper_link import KeeperLink, ServerArguments
 from clipshim.node.logs import configure
 from clipshim.node.node import Node
 from clipshim.node.operations import Operations
@@ -30,13 +30,13 @@ log = logging.getLogger("clipshim.node.server")
 
 async def run(settings: Settings, arguments: str) -> None:
     """Until told to end, or until the layers mount is gone."""
-    fds, tree_fds, generation = parse_arguments(arguments)
+    fds, tree_fds, generation, restarts = ServerArguments.parse(arguments)
     async with trio.open_nursery() as nursery:
         spare = {name: fds[name] for name in ("listener", "layers", "lock")}
         keeper = KeeperLink(fds["control"], spare, dict(tree_fds))
         life = ServerLife(keeper, nursery.cancel_scope)
         keeper.on_order = life.on_order
-        node = Node(settings, nursery, keeper, generation)
+        node = Node(settings, nursery, keeper, generation, restarts)
         try:
             records = node.trees.expect()
             nursery.start_soon(_end_on_signal, life)
@@ -51,6 +51,8 @@ async def run(settings: Settings, arguments: str) -> None:
             gc.freeze()  # what is loaded now stays: later collections need not walk it
             nursery.start_soon(node.keep_house)
             nursery.start_soon(clean_at_start, node)
+            if settings.metrics_address:
+                nursery.start_soon(_serve_metrics, node)
             await trio.sleep_forever()
         finally:
             with trio.CancelScope(shield=True, deadline=trio.current_time() + 10.0):
@@ -61,6 +63,16 @@ async def _serve_layers(node: Node, fuse_fd: int, scope: trio.CancelScope) -> No
     await serve(LayersOperations(node.layers), fuse_fd, takeover=True)
     log.warning("the layers mount is gone")
     scope.cancel()
+
+
+async def _serve_metrics(node: Node) -> None:
+    from clipshim.node.metrics import serve_http  # prometheus_client: 4 MB that few need
+
+    address = node.settings.metrics_address
+    try:
+        await serve_http(node, address)
+    except (OSError, ValueError) as exc:
+        log.error("metrics at %s: %s", address, exc)
 
 
 async def _end_on_signal(life: ServerLife) -> None:

@@ -11,7 +11,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 
 import trio
@@ -110,6 +110,7 @@ class TreeMounts:
         self.trees: dict[str, Tree] = {}
         self.on_gone: Callable[[TreeRecord], None] = lambda _record: None
         self.failures = 0
+        self.mounts = 0
 
     def target(self, image_id: str) -> str:
         """The mount point of a tree."""
@@ -121,7 +122,8 @@ class TreeMounts:
         """Shows the layers of all records, so that the kernel's requests can be answered."""
         records = self._records.read_all()
         for record in records:
-            self._show(record)
+            if record.mode != "unpacked":
+                self._show(record)
         return records
 
     async def take_over(self, records: list[TreeRecord]) -> None:
@@ -196,6 +198,7 @@ class TreeMounts:
             tree.move(State.ABSENT)
             self.trees.pop(tree.image_id, None)
             raise
+        self.mounts += 1
         tree.mounted_at = time.time()
         tree.move(State.MOUNTED)
         log.info(
@@ -206,6 +209,53 @@ class TreeMounts:
                 "mode": tree.record.mode,
             },
         )
+
+    @property
+    def erofs(self) -> str:
+        """Whether the kernel mounts trees itself: yes, no with the reason, or not tried yet."""
+        if not self._probe_done:
+            return "not tried yet"
+        return f"no: {self._no_erofs}" if self._no_erofs else "yes"
+
+    async def mount_directory(
+        self, request: MountRequest, unpack: Callable[[TreeRecord], Awaitable[str]]
+    ) -> Tree:
+        """As mount, but shows a directory that `unpack` fills from the layers and returns."""
+        tree = self.trees.setdefault(request.facts.image_id, Tree(request.facts.image_id))
+        tree.coming += 1
+        try:
+            async with tree.lock:
+                if tree.state is State.ABSENT:
+                    tree.move(State.MOUNTING)
+                    try:
+                        tree.record = await self._mount_directory(request, unpack)
+                    except BaseException:
+                        tree.move(State.ABSENT)
+                        self.trees.pop(tree.image_id, None)
+                        raise
+                    self.trees[tree.image_id] = tree
+                    tree.mounted_at = time.time()
+                    tree.move(State.MOUNTED)
+                if request.hold is not None:
+                    tree.holds.add(request.hold)
+                tree.idle_since = trio.current_time()
+                return tree
+        finally:
+            tree.coming -= 1
+
+    async def _mount_directory(
+        self, request: MountRequest, unpack: Callable[[TreeRecord], Awaitable[str]]
+    ) -> TreeRecord:
+        record, _, _ = await trio.to_thread.run_sync(self._prepare, "unpacked", request)
+        self._show(record)
+        try:
+            await self._worker.mount_bind(await unpack(record), self.target(record.image_id))
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await self._forget(record)
+            raise
+        self._layers.hide(record.image_id)  # everything is in files
+        return record
 
     async def _mode(self, wanted: str) -> str:
         if wanted in MODES:
