@@ -1,0 +1,73 @@
+"""mountinfo: the kernel's escapes, propagation fields, and this machine's own."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from clipshim.mounts import mountinfo
+
+LINE = (
+    rb"36 35 98:0 /mnt1 /mnt/a\040b rw,noatime shared:1 master:2 - ext3 /dev/ro\134ot "
+    rb"rw,errors=continue,lowerdir=/a\054b:/c"
+)
+
+
+def _escape(name: bytes) -> bytes:
+    """As seq_path() does for mount points."""
+    for character in b"\\ \t\n":
+        name = name.replace(bytes((character,)), b"\\%03o" % character)
+    return name
+
+
+def test_a_line_is_taken_apart() -> None:
+    mount = mountinfo.Mount(LINE)
+    assert (mount.mount_id, mount.parent_id) == (36, 35)
+    assert mount.device == os.makedev(98, 0)
+    assert (mount.root, mount.mount_point) == ("/mnt1", "/mnt/a b")
+    assert mount.options == "rw,noatime"
+    assert mount.propagation == "shared:1 master:2"
+    assert (mount.fstype, mount.source) == ("ext3", "/dev/ro\\ot")
+    assert mount.super_options == ("rw", "errors=continue", "lowerdir=/a,b:/c")
+
+
+def test_no_propagation_fields() -> None:
+    mount = mountinfo.Mount(b"36 35 98:0 / /x rw - tmpfs - rw")
+    assert mount.propagation == ""
+    assert (mount.fstype, mount.source) == ("tmpfs", "-")
+
+
+@given(st.binary(min_size=1).filter(lambda name: b"\0" not in name))
+def test_escapes_are_undone(name: bytes) -> None:
+    escaped = _escape(name)
+    assert b" " not in escaped
+    assert os.fsencode(mountinfo.unescape(escaped)) == name
+
+
+@pytest.mark.parametrize("raw", [b"\\", b"a\\", b"\\04", b"\\9zz", b"\\08x"])
+def test_half_an_escape_stays_as_it_is(raw: bytes) -> None:
+    assert os.fsencode(mountinfo.unescape(raw)) == raw
+
+
+def test_this_process_sees_the_mount_that_a_file_lies_on() -> None:
+    fd = os.open("/proc/self", os.O_RDONLY)
+    try:
+        mount = mountinfo.mount_of_fd(fd)
+    finally:
+        os.close(fd)
+    assert (mount.fstype, mount.mount_point) == ("proc", "/proc")
+    assert mount.mount_id in {entry.mount_id for entry in mountinfo.read_mounts()}
+
+
+def test_the_topmost_of_stacked_mounts_counts() -> None:
+    lines = [b"1 0 0:1 / /x rw - tmpfs a rw", b"2 1 0:2 / /x rw - tmpfs b rw"]
+    mounts = [mountinfo.Mount(line) for line in lines]
+    found = mountinfo.mount_at("/x", mounts)
+    assert found is not None
+    assert found.source == "b"
+    assert mountinfo.mount_at("/y", mounts) is None
+    assert mountinfo.mounts_beneath("/x", mounts) == mounts
+    assert mountinfo.mounts_beneath("/", mounts) == mounts
