@@ -96,13 +96,13 @@ class Keeper:
             "layers": self.layers_fd,
             "lock": self.lock_fd,
         }
-        arguments: dict[str, Any] = {
+        arguments = {
             "fds": names,
             "trees": self.tree_fds,
             "generation": self.state.generation,
+            "restarts": self.server.deaths,
         }
-        arguments["restarts"] = self.server.deaths
-        fds = [*names.values(), *self.tree_fds.values()]
+        fds = [fd for fd in (*names.values(), *self.tree_fds.values()) if fd >= 0]
         with theirs:
             try:
                 self.server.start(SERVER_MODULE, [json.dumps(arguments)], fds)
@@ -303,7 +303,8 @@ class Keeper:
             "trees": self.tree_fds,
         }
         for fd in (self.listener_fd, self.layers_fd, self.lock_fd, *self.tree_fds.values()):
-            os.set_inheritable(fd, True)
+            if fd >= 0:
+                os.set_inheritable(fd, True)
         os.execv(sys.executable, keeper_command(adoption))  # noqa: S606  # no shell is meant
 
     # Loop
@@ -442,10 +443,8 @@ def start_fresh(settings: Settings) -> Keeper | None:
             log.warning("removing a dead layers mount; containers that need uncached data are lost")
         unmount_all(settings.layers_mount)
         os.makedirs(settings.layers_mount, mode=0o700, exist_ok=True)
-        layers_fd = fuse_connection.mount_fuse(settings.layers_mount, nosuid=True)
-        fuse_connection.set_readahead(settings.layers_mount, READAHEAD_KIB)
+        layers_fd = _mount_layers(settings)
         state = KeeperState(secrets.token_hex(8))
-        sd_notify.store_fd("layers", layers_fd)
     for name, fd in kept.items():
         os.close(fd)
         sd_notify.forget_fd(name)
@@ -462,6 +461,23 @@ def start_fresh(settings: Settings) -> Keeper | None:
     return keeper
 
 
+def _mount_layers(settings: Settings) -> int:
+    """The connection of the layers mount; -1 without FUSE, if images may be unpacked instead."""
+    try:
+        fd = fuse_connection.mount_fuse(settings.layers_mount, nosuid=True)
+    except OSError as exc:
+        if settings.fallback != "unpack":
+            raise DaemonError(
+                f"layers mount at {settings.layers_mount}: {exc}",
+                hint='load the module fuse, or set fallback = "unpack"',
+            ) from exc
+        log.warning("no FUSE here, images are unpacked whole: %s", exc)
+        return -1
+    fuse_connection.set_readahead(settings.layers_mount, READAHEAD_KIB)
+    sd_notify.store_fd("layers", fd)
+    return fd
+
+
 def adopt(settings: Settings, text: str) -> Keeper:
     """A keeper in the place of one that died or executed itself anew."""
     raw = json.loads(text)
@@ -470,7 +486,8 @@ def adopt(settings: Settings, text: str) -> Keeper:
         raise DaemonError(f"{settings.run_dir}/{STATE_NAME}: missing or damaged")
     tree_fds = {image_id: int(fd) for image_id, fd in raw["trees"].items()}
     for fd in (raw["listener"], raw["layers"], raw["lock"], *tree_fds.values()):
-        os.set_inheritable(fd, False)
+        if fd >= 0:
+            os.set_inheritable(fd, False)
     state.trees = {i: tree for i, tree in state.trees.items() if i in tree_fds}
     for image_id in [i for i in tree_fds if i not in state.trees]:
         os.close(tree_fds.pop(image_id))

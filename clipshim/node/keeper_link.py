@@ -83,7 +83,8 @@ class KeeperLink:
         log.warning("keeper is gone, starting a new one")
         ours, theirs = control_pair()
         adoption = {"control": theirs.fileno(), "trees": self.trees} | self._spare
-        fds = [theirs.fileno(), *self._spare.values(), *self.trees.values()]
+        held = [*self._spare.values(), *self.trees.values()]
+        fds = [theirs.fileno(), *(fd for fd in held if fd >= 0)]
         with theirs:
             try:
                 subprocess.Popen(  # noqa: ASYNC220  # a fork; nothing is waited for

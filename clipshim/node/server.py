@@ -41,7 +41,10 @@ async def run(settings: Settings, arguments: str) -> None:
             records = node.trees.expect()
             nursery.start_soon(_end_on_signal, life)
             nursery.start_soon(keeper.run)
-            nursery.start_soon(_serve_layers, node, fds["layers"], nursery.cancel_scope)
+            if fds["layers"] >= 0:
+                nursery.start_soon(_serve_layers, node, fds["layers"], nursery.cancel_scope)
+            else:
+                node.lazy = False
             await node.take_over(records)
             life.trees = node.trees
             rpc = RpcServer(fds["listener"], Operations(node, life).table())

@@ -47,7 +47,7 @@ class Unpacker:
         image_id = resolved.facts.image_id
         path = self.path(image_id)
         async with self._locks.setdefault(image_id, trio.Lock()):
-            if os.path.isdir(path):
+            if await trio.to_thread.run_sync(os.path.isdir, path):
                 return path
             log.warning("unpacking an image whole", extra={"reference": resolved.facts.reference})
             draft = f"{self.directory}/.new-{secrets.token_hex(8)}"
