@@ -46,6 +46,9 @@ _TYPES = {
     b"5": DIRECTORY,
     b"6": FIFO,
 }
+_PLAIN_RECORDS = frozenset(
+    (b"path", b"linkpath", b"size", b"uid", b"gid", b"mtime", b"atime", b"ctime")
+)
 _WITHOUT_PAYLOAD = frozenset(b"123456")
 
 
@@ -93,6 +96,13 @@ class TarWalker:
         self._held = bytearray()  # the beginning of a block that came in pieces
         self._want = BLOCK
         self._step = self._header
+        self._extension_steps = {
+            b"x": self._local_pax,
+            b"X": self._local_pax,
+            b"g": self._global_pax,
+            b"L": self._name_block,
+            b"K": self._link_block,
+        }
         self._skip = 0
         self._padding = 0  # how much of _skip an archive may leave out at its end
         self._ended = False
@@ -168,6 +178,7 @@ class TarWalker:
 
     def _forget(self) -> None:
         self._pax: dict[bytes, bytes] | None = None
+        self._pax_xattrs = self._pax_sparse_file = False
         self._pairs: list[bytes] = []
         self._long_name: bytes | None = None
         self._long_link: bytes | None = None
@@ -212,7 +223,8 @@ class TarWalker:
                 gid = int(pax.get(b"gid", gid))
                 if b"mtime" in pax:
                     mtime_ns = _pax_time(pax[b"mtime"])
-                xattrs = _pax_xattrs(pax)
+                if self._pax_xattrs:
+                    xattrs = _pax_xattrs(pax)
             except (ValueError, binascii.Error) as exc:
                 self._fail(f"damaged PAX record: {exc}", name)
             name = pax.get(b"path", name)
@@ -235,8 +247,8 @@ class TarWalker:
             name,
             kind,
             mode,
-            self._owner(uid, name),
-            self._owner(gid, name),
+            uid if 0 <= uid < 0xFFFFFFFF else self._owner(uid, name),
+            gid if 0 <= gid < 0xFFFFFFFF else self._owner(gid, name),
             size if kind == REGULAR else 0,
             mtime_ns,
             linkname,
@@ -247,7 +259,7 @@ class TarWalker:
         )
         if flag == b"S":
             self._old_gnu_sparse(entry, block, payload)
-        elif pax and kind == REGULAR and any(key.startswith(b"GNU.sparse.") for key in pax):
+        elif pax and kind == REGULAR and self._pax_sparse_file:
             self._pax_sparse(entry, pax, payload)
         else:
             self._add(entry)
@@ -292,8 +304,6 @@ class TarWalker:
         return value
 
     def _owner(self, number: int, name: bytes) -> int:
-        if 0 <= number < 0xFFFFFFFF:
-            return number
         if not -(1 << 31) <= number <= 0xFFFFFFFF:
             self._fail(f"owner {number} is out of range", name)
         # chown(2) takes -1 as "leave it", and what an unpacker creates belongs to root
@@ -347,13 +357,7 @@ class TarWalker:
         self._extensions_total += size
         if self._extensions_total > MAX_EXTENSIONS_BYTES:
             self._fail(f"the layer has more than {MAX_EXTENSIONS_BYTES} bytes of extension headers")
-        self._step = {
-            b"x": self._local_pax,
-            b"X": self._local_pax,
-            b"g": self._global_pax,
-            b"L": self._name_block,
-            b"K": self._link_block,
-        }[flag]
+        self._step = self._extension_steps[flag]
         self._want = size + -size % BLOCK
         if not size:
             self._after_extension()
@@ -398,8 +402,13 @@ class TarWalker:
             key, value = data[blank + 1 : equals], data[equals + 1 : following - 1]
             if b"\0" in (value if key in (b"path", b"linkpath") else key):
                 self._fail(f"damaged PAX header: a zero byte in {key!r}")
-            if key in (b"GNU.sparse.offset", b"GNU.sparse.numbytes"):
-                self._pairs.append(value)
+            if key not in _PLAIN_RECORDS:
+                if key.startswith(b"GNU.sparse."):
+                    self._pax_sparse_file = True
+                    if key in (b"GNU.sparse.offset", b"GNU.sparse.numbytes"):
+                        self._pairs.append(value)
+                elif key.startswith((b"SCHILY.xattr.", b"LIBARCHIVE.xattr.")):
+                    self._pax_xattrs = True
             if value:
                 records[key] = value
             else:
@@ -553,11 +562,15 @@ def _pairs(numbers: list[int]) -> list[tuple[int, int]]:
 
 def _pax_time(value: bytes) -> int:
     """Nanoseconds from decimal seconds; digits beyond the ninth are cut off."""
-    sign = -1 if value.startswith(b"-") else 1
-    seconds, _, fraction = value.lstrip(b"-+").partition(b".")
-    if not (seconds or fraction) or not (seconds + fraction).isdigit() or len(seconds) > 18:
+    seconds, _, fraction = value.partition(b".")
+    sign = 1
+    if value[:1] in b"+-":
+        sign = -1 if value[:1] == b"-" else 1
+        seconds = seconds[1:]
+    if not (seconds + fraction).isdigit() or len(seconds) > 18:
         raise ValueError(f"time {value!r}")
-    return sign * (int(seconds or b"0") * 1_000_000_000 + int(fraction[:9].ljust(9, b"0")))
+    nanoseconds = int(fraction[:9].ljust(9, b"0")) if fraction else 0
+    return sign * (int(seconds or b"0") * 1_000_000_000 + nanoseconds)
 
 
 def _pax_xattrs(pax: dict[bytes, bytes]) -> dict[bytes, bytes]:
