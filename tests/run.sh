@@ -18,7 +18,7 @@ TEST_PACKAGES=(
     attr buildah build-essential busybox-static ca-certificates conmon containerd criu crun curl
     debootstrap docker-compose docker-registry docker.io erofs-utils fuse-overlayfs fuse3 git
     iproute2 isal jq libarchive-tools libcap2-bin libfuse3-dev pigz pkg-config podman psmisc
-    python3-dev python3-venv runc skopeo strace umoci zstd
+    python3-dev python3-venv runc skopeo strace tini umoci zstd
 )
 VENV="$PWD/.venv"
 
@@ -135,7 +135,9 @@ if [ "${CLIPSHIM_TEST_SKIP_LINT:-}" != 1 ]; then
 fi
 
 [ $# -gt 0 ] || set -- tests/unit tests/system
-step "pytest" "$VENV/bin/python" -P -B -m pytest -q -p no:cacheprovider \
+# tini -s adopts and reaps what engines orphan: podman waits 20 s for a dead conmon that the
+# machine's first process has not reaped yet.
+step "pytest" tini -s -- "$VENV/bin/python" -P -B -m pytest -q -p no:cacheprovider \
     --basetemp="$CLIPSHIM_TEST_ROOT/t" "$@"
 
 if [ ${#failed[@]} -gt 0 ]; then

@@ -361,12 +361,12 @@ def debian_image(variant: str = "gzip") -> Image:
     return Image(final / "oci", variant)
 
 
-def tiny_image() -> Image:
+def tiny_image(command: str = "sh") -> Image:
     """One layer with a static busybox: an ordinary image that starts at once."""
     busybox = Path("/usr/bin/busybox")
     if not busybox.exists():
         busybox = Path("/bin/busybox")
-    with _built_once(f"tiny-{_recipe(_sha256(busybox))}") as (final, draft):
+    with _built_once(f"tiny-{_recipe(_sha256(busybox), command)}") as (final, draft):
         if draft is not None:
             top = draft / "top"
             for name in ("bin", "etc", "proc", "sys", "dev", "usr/bin"):
@@ -383,7 +383,7 @@ def tiny_image() -> Image:
             for path in [*top.rglob("*"), top]:
                 os.utime(path, (EPOCH, EPOCH), follow_symlinks=False)
             _tar(draft / "1.tar", top, ".")
-            config = {"Env": ["PATH=/bin:/usr/bin"], "Cmd": ["sh"]}
+            config = {"Env": ["PATH=/bin:/usr/bin"], "Cmd": command.split()}
             write_layout(draft / "oci", [draft / "1.tar"], "gzip", config)
             shutil.rmtree(top)
             (draft / "1.tar").unlink()

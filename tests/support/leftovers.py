@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 PARENT = Path("/var/tmp")  # persistent and on a disk: overlayfs needs that
 PREFIX = "clipshim-test-"
@@ -68,9 +68,9 @@ def start_time(pid: int) -> int | None:
     return int(fields[19]) if len(fields) > 19 and fields[0] not in (b"Z", b"X") else None
 
 
-def _belongs(pid: int, root: bytes, run: bytes) -> bool:
+def _belongs(pid: int, root: bytes, run: bytes | None) -> bool:
     environment = _read(f"/proc/{pid}/environ").split(b"\0")
-    if b"CLIPSHIM_TEST_RUN=" + run in environment:
+    if run is not None and b"CLIPSHIM_TEST_RUN=" + run in environment:
         return True
     below = root + b"/"
     if any(below in entry for entry in environment):
@@ -86,12 +86,20 @@ def _belongs(pid: int, root: bytes, run: bytes) -> bool:
 
 def processes_of(root: Path) -> list[int]:
     """Live processes of the run, without this one and its ancestors."""
-    mine, mark = _ancestors(), os.fsencode(root)
-    run = mark.rpartition(PREFIX.encode())[2]
+    return _processes(root, os.fsencode(root.name).removeprefix(PREFIX.encode()))
+
+
+def processes_below(directory: Path) -> list[int]:
+    """Live processes that name, or have their root, below a directory of the run."""
+    return _processes(directory, None)
+
+
+def _processes(root: Path, run: bytes | None) -> list[int]:
+    mine = _ancestors()
     return [
         pid
         for pid in (int(name) for name in os.listdir("/proc") if name.isdigit())
-        if pid not in mine and start_time(pid) is not None and _belongs(pid, mark, run)
+        if pid not in mine and start_time(pid) is not None and _belongs(pid, os.fsencode(root), run)
     ]
 
 
@@ -142,7 +150,7 @@ def _describe(pid: int) -> str:
     return f"{pid} {command[:300]}"
 
 
-def find(root: Path) -> Leftovers:
+def look(root: Path) -> Leftovers:
     """What the run of this root has on the machine now."""
     return Leftovers(
         [_describe(pid) for pid in processes_of(root)],
@@ -157,7 +165,7 @@ def wait_until_gone(root: Path, deadline_s: float) -> Leftovers:
     end = time.monotonic() + deadline_s
     while True:
         remove_cgroup_parent(root)
-        left = find(root)
+        left = look(root)
         if not left.lines() or time.monotonic() > end:
             return left
         time.sleep(0.2)
@@ -173,11 +181,13 @@ def unmount_below(root: Path) -> None:
             _LIBC.umount2(os.fsencode(point), MNT_DETACH)
 
 
-def kill_processes(root: Path, deadline_s: float = 30) -> None:
+def kill_processes(
+    root: Path, find: Callable[[Path], list[int]] = processes_of, deadline_s: float = 30
+) -> None:
     """Kills the run's processes and waits until they are gone."""
     end = time.monotonic() + deadline_s
     while time.monotonic() < end:
-        pids = processes_of(root)
+        pids = find(root)
         if not pids:
             return
         for pid in pids:
