@@ -151,9 +151,9 @@ class LayersOperations(pyfuse3.Operations):
         # pyfuse3 takes any contiguous buffer
         return await (await self._file(fh)).read(off, size)  # type: ignore[return-value]
 
-    @handler
     async def flush(self, fh: pyfuse3.FileHandleT) -> None:
-        """Read-only."""
+        """Tells the kernel never to ask again: close() must not wait for a server that is dead."""
+        raise pyfuse3.FUSEError(errno.ENOSYS)
 
     @handler
     async def release(self, fh: pyfuse3.FileHandleT) -> None:

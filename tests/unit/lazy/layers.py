@@ -6,13 +6,15 @@ import gzip
 import hashlib
 import random
 import threading
-from collections.abc import Callable
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import zstandard
 
 from clipshim.index.model import LayerInfo, layer_key
 from clipshim.index.span_table import Span, SpanKind, SpanTable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 Form = Literal["plain", "gzip", "zstd", "one-frame"]
 SPAN = 64 << 10
@@ -21,9 +23,7 @@ SPAN = 64 << 10
 class MadeLayer:
     """A layer, its blob and its span table."""
 
-    def __init__(
-        self, size: int, *, form: Form = "gzip", span: int = SPAN, seed: int = 1
-    ) -> None:
+    def __init__(self, size: int, *, form: Form = "gzip", span: int = SPAN, seed: int = 1) -> None:
         # Compressible, and different in every place.
         words = random.Random(seed).randbytes(16 << 10)
         parts = [words[(i * 37) % 9000 :][:4000] + b"%016d" % i for i in range(size // 4000 + 1)]
@@ -53,9 +53,7 @@ class MadeLayer:
                     stored = piece
                 blob += stored
             digest = hashlib.sha256(piece).digest()
-            spans.append(
-                Span(offset, len(piece), start, len(stored), 0, None, digest, kind, skip)
-            )
+            spans.append(Span(offset, len(piece), start, len(stored), 0, None, digest, kind, skip))
             offset += len(piece)
         self.blob = bytes(blob)
         compression: Literal["none", "gzip", "zstd"] = "zstd"

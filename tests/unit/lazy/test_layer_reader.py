@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import threading
-from collections.abc import AsyncIterator
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import trio
@@ -18,6 +17,10 @@ from clipshim.lazy.layer_reader import LayerReader
 from clipshim.lazy.layer_store import LayerStore
 from clipshim.settings import Settings
 from tests.unit.lazy.layers import SPAN, Form, MadeLayer, MadeSource
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
 
 MIB = 1 << 20
 
@@ -38,9 +41,7 @@ async def reading(
     store = store or LayerStore(str(path / "layers"), limit_bytes=1 << 30)
     async with trio.open_nursery() as nursery:
         fetching = Fetching(nursery, settings or make_settings())
-        reader = LayerReader(
-            layer.info, layer.table, store.open(layer.info, layer.table), fetching
-        )
+        reader = LayerReader(layer.info, layer.table, store.open(layer.info, layer.table), fetching)
         for source in sources:
             reader.add_source(source)
         yield reader

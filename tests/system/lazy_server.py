@@ -1,0 +1,66 @@
+"""A program that serves one made layer over an inherited /dev/fuse descriptor.
+
+    python lazy_server.py FUSE_FD takeover|first STORE SIZE FORM LOG
+
+Appends "ready" to LOG when requests are answered, and one line a fetch. A stand-in for the node
+daemon's server in tests of the mount alone.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import trio
+
+from clipshim.lazy.fetching import Fetching
+from clipshim.lazy.fuse_session import serve
+from clipshim.lazy.layer_reader import LayerReader
+from clipshim.lazy.layer_store import LayerStore
+from clipshim.lazy.layers_fs import LayerReaders, LayersOperations
+from clipshim.settings import Settings
+from tests.unit.lazy.layers import Form, MadeLayer, MadeSource
+
+
+async def main(
+    fuse_fd: int, *, takeover: bool, store_path: str, size: int, form: Form, log: str
+) -> None:
+    layer = MadeLayer(size, form=form)
+    source = MadeSource(layer)
+    log_fd = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    source.before = lambda: _say(log_fd, f"fetch {source.requests[-1][0]}")
+    settings = Settings({"cache_bytes": 1 << 30})
+    store = LayerStore(store_path, limit_bytes=settings.cache_bytes)
+    readers: LayerReaders[LayerReader] = LayerReaders()
+    async with trio.open_nursery() as nursery:
+        fetching = Fetching(nursery, settings)
+        stored = store.open(layer.info, layer.table)
+        reader = LayerReader(layer.info, layer.table, stored, fetching)
+        reader.add_source(source)
+        readers.add(reader)
+
+        async def run(task_status: trio.TaskStatus[None]) -> None:
+            operations = LayersOperations(readers)
+            await serve(operations, fuse_fd, takeover=takeover, task_status=task_status)
+            nursery.cancel_scope.cancel()
+
+        await nursery.start(run)
+        _say(log_fd, "ready")
+
+
+def _say(fd: int, line: str) -> None:
+    os.write(fd, f"{line}\n".encode())
+
+
+if __name__ == "__main__":
+    _, fd_text, how, store_text, size_text, form_text, log_text = sys.argv
+    trio.run(
+        lambda: main(
+            int(fd_text),
+            takeover=how == "takeover",
+            store_path=store_text,
+            size=int(size_text),
+            form=form_text,  # type: ignore[arg-type]
+            log=log_text,
+        )
+    )
