@@ -51,6 +51,7 @@ class Node:
         self.state_dir = directory / "state"
         self.config = directory / "config.toml"
         directory.mkdir(parents=True, exist_ok=True)
+        self._daemons: list[subprocess.Popen[bytes]] = []
         self.settings: dict[str, Any] = {
             "run_dir": str(self.run_dir),
             "state_dir": str(self.state_dir),
@@ -148,6 +149,7 @@ class Node:
                 stderr=log,
                 start_new_session=True,
             )
+        self._daemons.append(daemon)
 
         def answers() -> dict[str, Any] | None:
             status = daemon.poll()
@@ -209,7 +211,8 @@ class Node:
             return not pids
 
         wait_for("the node's processes end", killed)
-        _reap()
+        while self._daemons:
+            self._daemons.pop().wait(DEADLINE_S)
         leftovers.unmount_below(self.directory)
 
     def close(self) -> None:
@@ -217,11 +220,6 @@ class Node:
         self.stop()
         assert not self.mounts(), self.mounts()
         shutil.rmtree(self.directory, ignore_errors=True)
-
-
-def _reap() -> None:
-    """Collects children that have ended and whose Popen object nobody kept."""
-    subprocess._cleanup()  # type: ignore[attr-defined]  # what Popen() itself does
 
 
 def _toml(value: Any) -> str:
