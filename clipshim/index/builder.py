@@ -333,8 +333,7 @@ class _Build:
                     if made > self._options.max_layer_size:
                         raise LayerError(
                             f"{label}: uncompressed it has more than "
-                            f"{self._options.max_layer_size} bytes",
-                            hint="raise the limit if the image is to be trusted",
+                            f"{self._options.max_layer_size} bytes"
                         )
                 digests.put(event)
                 tar.put(event)

@@ -47,12 +47,13 @@ MAX_FILE_SIZE: Final = 1 << 44
 MAX_RAW_SIZE: Final = {
     "image": 16 << 20,
     "layers": 32 << 20,
-    "tree": 1 << 30,
+    "tree": 512 << 20,
     "spans": 512 << 20,
     "windows": 1 << 30,
     "profile": 32 << 20,
 }
-_ZSTD_MAX_WINDOW = 8 << 20  # what level 19 uses; a decoder's memory is bounded by it
+# A small hostile file must not take much memory: trees of real images compress 6 times.
+_MAX_RATIO = 128
 
 Compression = Literal["zstd", "none"]
 _CODES: Final[dict[Compression, int]] = {"none": 0, "zstd": 1}
@@ -87,7 +88,8 @@ def write_clip(
     """Writes the file whole or not at all and returns its digest, "sha256:…".
 
     The same sections give the same bytes. A source is stored as it is; only bytes can be
-    compressed. The file and its directory are synced.
+    compressed, and are stored as they are if they compress more than a reader accepts. The file
+    and its directory are synced.
     """
     path = os.fspath(path)
     directory = os.path.dirname(path) or "."
@@ -127,6 +129,8 @@ def _write(
             if compression == "zstd":
                 compressor = zstandard.ZstdCompressor(level=level, write_checksum=False)
                 stored = compressor.compress(content)
+                if not content or raw_size > _most_raw(len(stored)):
+                    stored, compression = content, "none"  # a reader would refuse it
             file.write(stored)
             stored_size = len(stored)
         else:
@@ -276,21 +280,16 @@ class ClipFile:
         return "sha256:" + hasher.hexdigest()
 
     def _decompressed(self, entry: Section, stored: bytes) -> bytes:
-        parts, total = [], 0
-        decompressor = zstandard.ZstdDecompressor(max_window_size=_ZSTD_MAX_WINDOW)
         try:
-            with decompressor.stream_reader(stored) as reader:
-                # one byte more than declared, so that more is noticed and no more is produced
-                while part := reader.read(min(_COPY, entry.raw_size + 1 - total)):
-                    parts.append(part)
-                    total += len(part)
-                    if total > entry.raw_size:
-                        break
+            declared = zstandard.frame_content_size(stored)
+            if declared != entry.raw_size:
+                raise self._bad(
+                    f"section {entry.name}: expected {entry.raw_size} bytes, got {declared}"
+                )
+            # yields what the frame declares or fails; the section is one frame and no more
+            return zstandard.ZstdDecompressor().decompress(stored, allow_extra_data=False)
         except zstandard.ZstdError as exc:
             raise self._bad(f"section {entry.name}: not zstd: {exc}") from exc
-        if total != entry.raw_size:
-            raise self._bad(f"section {entry.name}: expected {entry.raw_size} bytes, got {total}")
-        return b"".join(parts)
 
     def _read_table(self) -> None:
         status = os.fstat(self._fd)
@@ -339,12 +338,18 @@ class ClipFile:
             compression = _COMPRESSIONS.get(code)
             if compression is None:
                 raise self._bad(f"section {name.decode()}: unknown compression {code}")
-            if compression == "none" and raw_size != stored_size:
+            most = stored_size if compression == "none" else _most_raw(stored_size)
+            least = stored_size if compression == "none" else 1
+            if not least <= raw_size <= most:
                 raise self._bad(f"section {name.decode()}: sizes contradict each other")
             yield Section(name.decode(), offset, stored_size, raw_size, sha256, compression)
 
     def _bad(self, what: str) -> IndexFormatError:
         return IndexFormatError(f"index {self.label}: {what}")
+
+
+def _most_raw(stored_size: int) -> int:
+    return (1 << 20) + _MAX_RATIO * stored_size
 
 
 def _unlink_quietly(path: str) -> None:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
 
 import zstandard
@@ -71,8 +72,6 @@ class Index:
     def __init__(self, clip: ClipFile) -> None:
         """Takes over `clip`. Raises IndexFormatError."""
         self._clip = clip
-        self.digest = clip.digest()
-        self.image_id = self.digest.removeprefix("sha256:")[:32]
         self._read_image()
         self._read_layers()
         self._check_windows()
@@ -103,6 +102,16 @@ class Index:
     def fileno(self) -> int:
         """The fd of the file, owned by this object."""
         return self._clip.fileno()
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the whole file, "sha256:…"; computed when first asked for: blobs may be in it."""
+        return self._clip.digest()
+
+    @property
+    def image_id(self) -> str:
+        """Names the mount of the tree."""
+        return self.digest.removeprefix("sha256:")[:32]
 
     @property
     def size(self) -> int:

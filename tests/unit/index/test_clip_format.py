@@ -175,7 +175,34 @@ def test_sections_may_not_overlap_or_repeat(tmp_path: Path) -> None:
         ClipFile.open(forge(tmp_path / "f", twice, b"bodybody"))
 
 
-@pytest.mark.parametrize("declared", [1, 1000, (64 << 20) - 1])
+def test_what_compresses_too_well_is_stored_as_it_is(tmp_path: Path) -> None:
+    write_clip(tmp_path / "a.clip", [("tree", bytes(64 << 20), "zstd"), ("spans", b"", "zstd")])
+    with ClipFile.open(tmp_path / "a.clip") as clip:
+        assert clip.section("tree") == bytes(64 << 20)
+        assert clip.section("spans") == b""
+
+
+def test_a_bomb_is_refused_before_it_is_unpacked(tmp_path: Path) -> None:
+    bomb = zstandard.compress(bytes(64 << 20))
+    digest = hashlib.sha256(bytes(64 << 20)).digest()
+    rows = [(b"tree", HEADER.size + ROW.size, len(bomb), 64 << 20, 1, digest)]
+    with pytest.raises(IndexFormatError, match="contradict"):
+        ClipFile.open(forge(tmp_path / "f", rows, bomb))
+
+
+@pytest.mark.parametrize("rest", [b"x", bytes(8), zstandard.compress(b"more")])
+def test_bytes_after_a_sections_frame_are_refused(tmp_path: Path, rest: bytes) -> None:
+    stored = zstandard.compress(IMAGE) + rest
+    digest = hashlib.sha256(IMAGE).digest()
+    rows = [(b"image", HEADER.size + ROW.size, len(stored), len(IMAGE), 1, digest)]
+    with (
+        ClipFile.open(forge(tmp_path / "f", rows, stored)) as clip,
+        pytest.raises(IndexFormatError, match="zstd"),
+    ):
+        clip.section("image")
+
+
+@pytest.mark.parametrize("declared", [1, 1000, (1 << 20) - 1])
 def test_a_section_that_unpacks_to_another_size_is_refused(tmp_path: Path, declared: int) -> None:
     bomb = zstandard.compress(bytes(64 << 20))
     start = HEADER.size + ROW.size
@@ -187,7 +214,8 @@ def test_a_section_that_unpacks_to_another_size_is_refused(tmp_path: Path, decla
 
 def test_a_section_over_its_limit_is_not_even_read(tmp_path: Path) -> None:
     start = HEADER.size + ROW.size
-    path = forge(tmp_path / "f", [(b"image", start, 4, 1 << 60, 1, bytes(32))], b"body")
+    size = 17 << 20
+    path = forge(tmp_path / "f", [(b"image", start, size, size, 0, bytes(32))], bytes(size))
     with ClipFile.open(path) as clip, pytest.raises(IndexFormatError, match="at most"):
         clip.section("image")
 
