@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 MAX_TOKEN_BYTES = 1 << 20
 DEFAULT_TOKEN_LIFE_S = 60.0  # the token specification's default for expires_in
 _PARAMETER = re.compile(r'([A-Za-z0-9_-]+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s,"]+))')
+_QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"')
 _SCHEME = re.compile(r"(?:^|,)\s*(Bearer|Basic)(?:\s+|\s*$|\s*,)", re.IGNORECASE)
 
 
@@ -205,7 +206,9 @@ def parse_challenges(headers: Sequence[str]) -> list[Challenge]:
     """WWW-Authenticate headers to challenges, bearer first; unknown schemes are left out."""
     found = []
     for header in headers:
-        starts = list(_SCHEME.finditer(header))
+        # A quoted text may hold anything, also what looks like another challenge.
+        unquoted = _QUOTED.sub(lambda match: "x" * len(match[0]), header)
+        starts = list(_SCHEME.finditer(unquoted))
         for number, start in enumerate(starts):
             end = starts[number + 1].start() if number + 1 < len(starts) else len(header)
             values: dict[str, str] = {}

@@ -127,7 +127,8 @@ class Transport:
                 try:
                     return operation(endpoint)
                 except AttemptFailed as failure:
-                    failed[endpoint.base] = failure
+                    if failure.cause != "deadline" or endpoint.base not in failed:
+                        failed[endpoint.base] = failure  # the trouble before tells more
                     progressed = progressed or failure.progressed
                     redirect_failures += failure.cause == "redirect"
                     if not failure.retryable or redirect_failures >= MAX_REDIRECT_FAILURES:
