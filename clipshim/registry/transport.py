@@ -148,7 +148,7 @@ class Transport:
                 counters.add_failure()
                 said = [(item, failed[item.base]) for item in order if item.base in failed]
                 note = f" (gave up after {total} attempts)" if live and total > 1 else ""
-                raise final_error(what, said, note=note)
+                raise final_error(what, said, note=note) from said[-1][1]
             self._closing.wait(delay)
 
     @contextlib.contextmanager
