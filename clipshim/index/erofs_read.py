@@ -137,17 +137,20 @@ class ErofsImage:
         buffer = self.buffer
         try:
             if buffer[at] & 1:
-                (format_, count, mode, _, size, union, _, uid, gid, seconds, nanoseconds, nlink) = (
-                    EXTENDED.unpack_from(buffer, at)
-                )
-                if nanoseconds >= 1_000_000_000:
-                    raise IndexFormatError(f"tree: inode {nid} has a bad time")
+                (
+                    format_, count, mode, reserved, size, union, _, uid, gid,
+                    seconds, nanoseconds, nlink,
+                ) = EXTENDED.unpack_from(buffer, at)  # fmt: skip
+                if reserved or nanoseconds >= 1_000_000_000:
+                    raise IndexFormatError(f"tree: inode {nid} has fields that no tree has")
                 mtime_ns = seconds * 1_000_000_000 + nanoseconds
                 at += EXTENDED_SIZE
             else:
-                format_, count, mode, nlink, size, _, union, _, uid, gid, _ = COMPACT.unpack_from(
-                    buffer, at
+                (format_, count, mode, nlink, size, reserved, union, _, uid, gid, more) = (
+                    COMPACT.unpack_from(buffer, at)
                 )
+                if reserved or more:
+                    raise IndexFormatError(f"tree: inode {nid} has fields that no tree has")
                 mtime_ns = self._epoch_ns
                 at += COMPACT_SIZE
         except (StructError, IndexError, OverflowError):
