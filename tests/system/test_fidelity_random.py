@@ -71,10 +71,13 @@ def test_random_layers_equal_what_umoci_unpacks(seed: int, tmp_path: Path) -> No
         except ClipError:
             continue  # a link to nothing, a file as a parent
         with ExitStack() as stack:
-            assert [] == compare(
-                describe_directory(unpacked, stack),
-                describe_image(tree_of(*layers), files, stack),
-                unpacked_since_ns=since_ns,
+            assert (
+                compare(
+                    describe_directory(unpacked, stack),
+                    describe_image(tree_of(*layers), files, stack),
+                    unpacked_since_ns=since_ns,
+                )
+                == []
             )
         compared += 1
     assert compared
