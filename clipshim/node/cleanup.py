@@ -51,6 +51,11 @@ def choose_trees(found: set[str], known: set[str]) -> list[str]:
 
 async def collect(node: Node, *, dry_run: bool, unused_trees: bool) -> list[str]:
     """Removes garbage, or only says what it would remove; one text for each thing."""
+    async with node.collecting:
+        return await _collect(node, dry_run=dry_run, unused_trees=unused_trees)
+
+
+async def _collect(node: Node, *, dry_run: bool, unused_trees: bool) -> list[str]:
     removed = await clean_containers(dry_run=dry_run)
     trees = node.trees
     if unused_trees:

@@ -45,7 +45,7 @@ from clipshim.settings import CONFIG_ENV, Settings, load_settings
 log = logging.getLogger("clipshim.node.keeper")
 
 BACKLOG = 1024
-READAHEAD_KIB = 1024
+READAHEAD_KIB = 128
 END_TIMEOUT_S = 20.0  # for children that were told to end, before SIGKILL
 SERVER_MODULE = "clipshim.node.server"
 TREE_MODULE = "clipshim.node.tree_server"

@@ -52,6 +52,7 @@ class Node:
         self.restarts = restarts
         self.lazy = True  # false without FUSE: then images can only be unpacked
         self.events = Events()
+        self.collecting = trio.Lock()
         self.nursery = nursery
         self.keeper = keeper
         self.started = time.time()

@@ -1,0 +1,122 @@
+"""Deaths of the daemon's processes under reading: nobody fails, no byte is wrong."""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.support.node import wait_for
+from tests.system import node_trees
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tests.support.node import Node
+
+MODES = ("erofs", "fuse")
+KILLS = 5
+
+Image = tuple[str, dict[str, str]]
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory) -> Image:
+    return node_trees.make_image(tmp_path_factory.mktemp("deaths"))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_readers_outlive_servers_killed_again_and_again(
+    node: Node, image: Image, mode: str
+) -> None:
+    node.start()
+    tree = node_trees.mount(node, node_trees.index(node, image[0]), "c1", mode=mode)["tree"]
+    with node_trees.Reader(node, tree, image[1]) as reader:
+        for _ in range(KILLS):
+            node.kill_server()
+            reader.wait_rounds(1)
+
+
+def test_readers_outlive_tree_servers_killed_again_and_again(node: Node, image: Image) -> None:
+    node.start()
+    tree = node_trees.mount(node, node_trees.index(node, image[0]), "c1", mode="fuse")["tree"]
+    with node_trees.Reader(node, tree, image[1]) as reader:
+        for _ in range(KILLS):
+            (found,) = node_trees.daemon_ids(node)["trees"].values()
+            os.kill(found["process"][0], signal.SIGKILL)
+            before = found["process"]
+
+            def replaced(before: list[int] = before) -> bool:
+                (now,) = node_trees.daemon_ids(node)["trees"].values()
+                return now["process"] not in (None, before)
+
+            wait_for("another tree server", replaced)
+            reader.wait_rounds(1)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_readers_outlive_the_keeper_and_then_the_server(
+    node: Node, image: Image, mode: str
+) -> None:
+    node.start()
+    tree = node_trees.mount(node, node_trees.index(node, image[0]), "c1", mode=mode)["tree"]
+    with node_trees.Reader(node, tree, image[1]) as reader:
+        for _ in range(3):
+            keeper = int(node.call("ping")["keeper_pid"])
+            os.kill(keeper, signal.SIGKILL)
+            wait_for(
+                "another keeper",
+                lambda keeper=keeper: node.call("ping")["keeper_pid"] not in (None, keeper),
+            )
+            reader.wait_rounds(1)
+            node.kill_server()  # the new keeper must know how to replace it
+            reader.wait_rounds(1)
+    node.call("release", container="c1")
+    assert node.call("stop")["ok"]
+    wait_for("every process is gone", lambda: not node.processes())
+    assert node.mounts() == []
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_orderly_replacement_under_reading(node: Node, image: Image, mode: str) -> None:
+    before = node.start()
+    tree = node_trees.mount(node, node_trees.index(node, image[0]), "c1", mode=mode)["tree"]
+    with node_trees.Reader(node, tree, image[1]) as reader:
+        assert node.call("replace")["ok"]
+        wait_for(
+            "another server", lambda: (node.ping() or {}).get("pid") not in (None, before["pid"])
+        )
+        reader.wait_rounds(2)
+        assert node_trees.mount(node, node.directory / "index.clip", "c2")["tree"] == tree
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_when_all_die_the_next_daemon_repairs_and_says_what_it_cannot(
+    make_node: Callable[..., Node], image: Image, mode: str
+) -> None:
+    node = make_node(mode=mode)
+    node.start()
+    clip = node_trees.index(node, image[0])
+    tree = node_trees.mount(node, clip, "c1")["tree"]
+    for pid in node.processes():
+        os.kill(pid, signal.SIGKILL)
+    wait_for("every process is gone", lambda: not node.processes())
+    node.start()
+    assert "dead layers mount" in node.log_tail(200)
+    answer = node_trees.mount(node, clip, "c2")
+    assert answer["tree"] == tree
+    assert node.mounts().count(tree) == 1
+    with node_trees.Reader(node, tree, image[1]) as reader:
+        reader.wait_rounds(1)
+
+
+def test_a_mount_request_survives_the_server_that_worked_on_it(node: Node, image: Image) -> None:
+    node.start()
+    clip = node_trees.index(node, image[0])
+    for i in range(KILLS):
+        pid = int(node.call("ping")["pid"])
+        os.kill(pid, signal.SIGKILL)  # what is asked now waits for the next server
+        assert node_trees.mount(node, clip, f"c{i}")["ok"]
+    assert node.call("status")["images"][0]["containers"] >= 1

@@ -1,0 +1,260 @@
+"""The node daemon as a whole: mounts in both modes, sharing, lingering, stop, hostile clients."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import socket
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.support.node import wait_for
+from tests.system import node_trees
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tests.support.node import Node
+
+MODES = ("erofs", "fuse")
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, str]]:
+    return node_trees.make_image(tmp_path_factory.mktemp("node"))
+
+
+def sums_below(tree: str) -> dict[str, str]:
+    found = {}
+    for path in sorted(Path(tree).rglob("*")):
+        if path.is_file():
+            found[str(path.relative_to(tree))] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_mounted_tree_has_every_byte_of_the_image(
+    node: Node, image: tuple[str, dict[str, str]], mode: str
+) -> None:
+    node.start()
+    answer = node_trees.mount(node, node_trees.index(node, image[0]), "c1", mode=mode)
+    assert answer["mode"] == mode
+    assert answer["has_proc"] is True
+    assert answer["has_usr"] is True
+    assert sums_below(answer["tree"]) == image[1]
+    assert os.stat(f"{answer['tree']}/proc").st_nlink >= 2
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_containers_of_an_image_share_one_tree_that_goes_when_the_last_is_gone(
+    make_node: Callable[..., Node], image: tuple[str, dict[str, str]], mode: str
+) -> None:
+    node = make_node(linger_s=0.1)
+    node.start()
+    clip = node_trees.index(node, image[0])
+    answers: list[dict[str, Any]] = []
+    threads = [
+        threading.Thread(
+            target=lambda i=i: answers.append(node_trees.mount(node, clip, f"c{i}", mode=mode))
+        )
+        for i in range(12)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(answers) == 12
+    assert len({answer["tree"] for answer in answers}) == 1
+    assert node.mounts().count(answers[0]["tree"]) == 1
+    for i in range(12):
+        assert node.call("release", container=f"c{i}")["ok"]
+        assert node.call("release", container=f"c{i}")["ok"]  # twice is once
+    wait_for("the tree is unmounted", lambda: answers[0]["tree"] not in node.mounts())
+    assert node_trees.mount(node, clip, "again", mode=mode)["tree"] in node.mounts()
+
+
+def test_a_tree_with_a_container_outlives_linger_and_collection(
+    make_node: Callable[..., Node], image: tuple[str, dict[str, str]]
+) -> None:
+    node = make_node(linger_s=0.0)
+    node.start()
+    tree = node_trees.mount(node, node_trees.index(node, image[0]), "c1")["tree"]
+    assert node.call("gc", dry_run=False)["ok"]
+    assert tree in node.mounts()
+    refused = node.call("stop")
+    assert not refused["ok"]
+    assert "c1" in refused["error"]
+    assert node.call("release", container="c1")["ok"]
+    wait_for("the tree is unmounted", lambda: tree not in node.mounts())
+
+
+def test_a_stopped_daemon_leaves_no_process_and_no_mount(
+    node: Node, image: tuple[str, dict[str, str]]
+) -> None:
+    node.start()
+    for mode in MODES:
+        node_trees.mount(node, node_trees.index(node, image[0]), "c1", mode=mode)
+        node.call("release", container="c1")
+        node.call("gc", dry_run=False)
+    node_trees.mount(node, node_trees.index(node, image[0]), "c1", mode="fuse")
+    node.call("release", container="c1")
+    assert node.call("stop")["ok"]
+    wait_for("every process is gone", lambda: not node.processes())
+    assert node.mounts() == []
+    assert node.start()["ok"]
+
+
+def test_sigterm_stops_an_unused_daemon_and_not_a_used_one(
+    node: Node, image: tuple[str, dict[str, str]]
+) -> None:
+    keeper = int(node.start()["keeper_pid"])
+    node_trees.mount(node, node_trees.index(node, image[0]), "c1")
+    os.kill(keeper, signal.SIGTERM)
+    wait_for("the refusal is logged", lambda: "not stopped" in node.log_tail(200))
+    assert node.ping() is not None
+    node.call("release", container="c1")
+    os.kill(keeper, signal.SIGTERM)
+    wait_for("every process is gone", lambda: not node.processes())
+    assert node.mounts() == []
+
+
+def test_a_second_daemon_leaves_the_first_alone(node: Node) -> None:
+    first = node.start()
+    node.clipshim("daemon")
+    assert node.call("ping")["pid"] == first["pid"]
+
+
+def test_hand_mounts_are_held_across_servers(
+    make_node: Callable[..., Node], image: tuple[str, dict[str, str]]
+) -> None:
+    node = make_node(linger_s=0.0)
+    node.start()
+    tree = node_trees.mount(node, node_trees.index(node, image[0]), "mount:/x", hold=True)["tree"]
+    node.kill_server()
+    assert node.call("gc", dry_run=False)["ok"]
+    assert tree in node.mounts()
+    node.call("release", container="mount:/x")
+    wait_for("the tree is unmounted", lambda: tree not in node.mounts())
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"\n",
+        b"nonsense\n",
+        b"[]\n",
+        b'{"op": 7}\n',
+        b'{"op": "mount"}\n',
+        b'{"op": "mount", "source": {"fd": true, "origin": "/x"}}\n',
+        b'{"op": "mount", "source": {"digest": "../../etc/passwd"}}\n',
+        b'{"op": "mount", "source": {"image": "/etc/passwd"}}\n',
+        b'{"op": "mount", "source": {"image": "oci:/etc"}}\n',
+        b'{"op": "release", "container": null}\n',
+        b'{"op": "report", "container": "../.."}\n',
+        b'{"op": "event", "name": "x"}\n',
+        b"[" * 5000 + b"\n",
+        b"x" * 200_000,
+    ],
+)
+def test_a_bad_request_gets_an_error_and_the_daemon_lives(node: Node, line: bytes) -> None:
+    before = node.start()["pid"]
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(60)
+        client.connect(str(node.run_dir / "daemon.sock"))
+        try:
+            client.sendall(line)
+            reply = client.makefile("rb").readline()
+        except ConnectionError:
+            reply = b""  # cut off: it sent more than a request may have
+        if reply:
+            assert json.loads(reply)["ok"] is False
+            assert "Traceback" not in reply.decode()
+    assert node.call("ping")["pid"] == before
+
+
+def test_silent_and_half_finished_clients_hold_up_nobody(node: Node) -> None:
+    before = node.start()["pid"]
+    clients = []
+    try:
+        for i in range(100):
+            client = socket.socket(socket.AF_UNIX)
+            client.connect(str(node.run_dir / "daemon.sock"))
+            client.sendall(b'{"op": "pi' if i % 2 else b"")
+            clients.append(client)
+        assert node.call("ping")["pid"] == before
+    finally:
+        for client in clients:
+            client.close()
+
+
+def test_run_and_state_directories_are_roots_alone(node: Node) -> None:
+    node.run_dir.mkdir(mode=0o777)
+    node.state_dir.mkdir(mode=0o777)
+    os.chmod(node.run_dir, 0o777)
+    node.start()
+    for path in (node.run_dir, node.state_dir):
+        assert path.stat().st_mode & 0o077 == 0
+    assert (node.run_dir / "daemon.sock").stat().st_mode & 0o177 == 0
+
+
+def test_status_and_metrics_say_what_is_mounted(
+    node: Node, image: tuple[str, dict[str, str]]
+) -> None:
+    node.start()
+    answer = node_trees.mount(node, node_trees.index(node, image[0]), "c1")
+    assert sums_below(answer["tree"]) == image[1]
+    status = node.call("status")
+    assert [found["image_id"] for found in status["images"]] == [answer["image_id"]]
+    assert status["images"][0]["containers"] == 1
+    assert status["fetch"]["fetched_bytes"] > 0
+    assert status["fetch"]["verify_failures"] == 0
+    node.call("event", name="container_failed", cause="VerifyError", container="c1")
+    text = node.call("metrics")["text"]
+    assert 'clipshim_container_failures_total{cause="VerifyError"} 1.0' in text
+    assert "clipshim_deleted_directory_total 0.0" in text
+    assert "clipshim_mounts_total 1.0" in text
+
+
+def test_collection_removes_what_a_crashed_create_left(node: Node) -> None:
+    node.start()
+    node.call("gc", dry_run=False)  # returns when the collection at the start is over
+    crashed = node.run_dir / "crashed"
+    crashed.mkdir()
+    (crashed / "lock").touch()
+    for parent in ("upper", "work"):
+        (node.state_dir / parent / "crashed").mkdir(parents=True)
+    (node.state_dir / "upper" / "crashed" / "file").write_text("x")
+    (node.state_dir / "upper" / "lost").mkdir()
+    would = node.call("gc", dry_run=True)["removed"]
+    assert any("crashed" in text for text in would)
+    assert crashed.exists()
+    removed = node.call("gc", dry_run=False)["removed"]
+    assert any("crashed" in text for text in removed)
+    assert any("lost" in text for text in removed)
+    for path in (crashed, node.state_dir / "upper/crashed", node.state_dir / "upper/lost"):
+        assert not path.exists()
+    assert node.call("gc", dry_run=False)["removed"] == []
+
+
+def test_collection_leaves_what_a_runtime_still_knows(node: Node, tmp_path: Path) -> None:
+    node.start()
+    root = tmp_path / "runc"
+    (root / "alive").mkdir(parents=True)
+    directory = node.run_dir / "alive-12345678"
+    directory.mkdir()
+    (directory / "lock").touch()
+    state = {"version": 1, "id": "alive", "root": str(root), "kind": "own", "image_id": "0" * 32}
+    (directory / "state.json").write_text(json.dumps(state))
+    upper = node.state_dir / "upper" / "alive-12345678"
+    upper.mkdir(parents=True)
+    assert node.call("gc", dry_run=False)["removed"] == []
+    assert upper.exists()
+    (root / "alive").rmdir()
+    assert any("alive" in text for text in node.call("gc", dry_run=False)["removed"])
+    assert not upper.exists()
+    assert not directory.exists()
