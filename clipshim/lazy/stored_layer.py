@@ -78,6 +78,14 @@ class SpanLike(Protocol):
     def digest(self) -> bytes: ...
 
 
+class Spans(Protocol):
+    """The spans of a layer in order; index.span_table.SpanTable has it."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int, /) -> SpanLike: ...
+
+
 class Room(Protocol):
     """What a layer needs of its store."""
 
@@ -100,9 +108,7 @@ class Room(Protocol):
 class StoredLayer:
     """Spans of one layer on disk. Thread-safe. Made by LayerStore.open."""
 
-    def __init__(
-        self, directory: str, key: str, size: int, spans: Sequence[SpanLike], room: Room
-    ) -> None:
+    def __init__(self, directory: str, key: str, size: int, spans: Spans, room: Room) -> None:
         self.directory = directory
         self.key = key
         self.size = size
@@ -113,7 +119,7 @@ class StoredLayer:
         self.readers = 0  # LayerStore.open calls without a release
         self.pins = 0
         self.last_use = array("d", bytes(8 * len(spans)))  # time.monotonic() of a span's last use
-        self._starts = array("Q", (span.uncompressed_offset for span in spans))
+        self._starts = array("Q", (spans[i].uncompressed_offset for i in range(len(spans))))
         self._room = room
         self._bits = bytearray((len(spans) + 7) // 8)
         self._suspects: set[int] = set()
@@ -350,7 +356,7 @@ class StoredLayer:
             if self.present_spans != len(self.spans) or self._suspects:
                 raise StoreError(f"layer {self.key}: spans were evicted meanwhile")
             try:
-                if not self.spans:
+                if not len(self.spans):
                     self._make_files()
                 _write_durably(f"{self.directory}/complete", b"")
             except OSError as exc:

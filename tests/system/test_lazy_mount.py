@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from clipshim.lazy.layers_fs import layer_inode, raise_readahead
+from clipshim.lazy.layers_fs import layer_inode
 from tests.system.lazy_mount import PATIENCE_S, FuseMount, reader_process, wait_for_line, wait_until
 from tests.unit.lazy.layers import SPAN, Form, MadeLayer
 
@@ -87,7 +87,6 @@ def test_the_mount_shows_its_layers(served: Served) -> None:
     with pytest.raises(OSError, match="Read-only"):
         os.open(served.path, os.O_RDWR)
     assert os.statvfs(served.mount.mountpoint).f_bfree == 0
-    assert raise_readahead(str(served.mount.mountpoint))
 
 
 def test_random_ranges_are_right_and_fetch_only_what_they_touch(served: Served) -> None:
