@@ -41,6 +41,7 @@ def command(
     """
     from clipshim.cli.access import registry_access
     from clipshim.cli.images import path_of
+    from clipshim.index.model import open_index
     from clipshim.registry.artifacts import push_index
     from clipshim.settings import load_settings
 
@@ -49,7 +50,10 @@ def command(
         settings, image, plain_http=plain_http, insecure=insecure, ca_file=ca_file,
         authfile=authfile, username=username, password_stdin=password_stdin,
     )  # fmt: skip
-    digest = push_index(path_of(settings, index), image, access=access)
+    path = path_of(settings, index)
+    with open_index(path) as opened:
+        made_of = opened.manifest_digest  # the index knows its manifest, whatever the platform
+    digest = push_index(path, image, access=access, manifest_digest=made_of)
     if output is OutputFormat.JSON:
         print_json({"image": image, "manifest_digest": digest})
     elif not quiet:
