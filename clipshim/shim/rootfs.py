@@ -87,8 +87,6 @@ def mount_rootfs(
     """
     lower = f"{state.directory}/lower"
     try:
-        _make_directory(lower, 0o700)
-        undo.push(os.rmdir, lower)
         expected_device = os.fstat(tree.fd).st_dev
         with _Attached(tree.fd, lower):
             trace("create-attached")
@@ -118,11 +116,17 @@ class _Attached:
         self._fd, self._path = fd, path
 
     def __enter__(self) -> None:
-        syscalls.move_mount(self._fd, "", syscalls.AT_FDCWD, self._path)
+        _make_directory(self._path, 0o700)
+        try:
+            syscalls.move_mount(self._fd, "", syscalls.AT_FDCWD, self._path)
+        except BaseException:
+            os.rmdir(self._path)
+            raise
 
     def __exit__(self, *_: object) -> None:
         # the overlay keeps a private clone of the mount
         syscalls.umount2(self._path, syscalls.MNT_DETACH | syscalls.UMOUNT_NOFOLLOW)
+        os.rmdir(self._path)
 
 
 def _mount_graft(

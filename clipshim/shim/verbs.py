@@ -132,11 +132,27 @@ def delete(call: Call) -> int:
     """delete: the runtime first; then what it has forgotten is taken down."""
     state = _recorded(call)
     if state is None:
-        call.hand_over()
+        return _delete_unrecorded(call)
     trace("delete-before-runc")
     status = call.run_runtime()
     trace("delete-after-runc")
     _clean_up(call, state, keep_upper=False)
+    return status
+
+
+def _delete_unrecorded(call: Call) -> int:
+    """delete of a container without a plan: at most, a create was killed right at its start."""
+    from clipshim.shim.state import ContainerLock, container_key, load_state
+    from clipshim.shim.teardown import forget
+
+    key = container_key(call.line.container_id, call.root)
+    directory = call.settings.container_dir(key)
+    if os.geteuid() != 0 or not os.path.lexists(f"{directory}/lock"):
+        call.hand_over()
+    status = call.run_runtime()
+    with ContainerLock(call.settings, key, wait_s=_LOCK_WAIT_S):
+        if load_state(call.settings, key) is None:
+            forget(call.settings, directory)
     return status
 
 
