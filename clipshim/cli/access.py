@@ -51,6 +51,8 @@ def registry_access(
         authfile=str(authfile) if authfile else None,
         username=username,
         password=password,
+        # A password must not reach the other registry where a command names two.
+        login_registry=named.registry if isinstance(named, Reference) else None,
         plain_http=plain or frozenset(),
         insecure=insecure,
         ca_file=str(ca_file) if ca_file else None,

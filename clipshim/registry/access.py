@@ -6,7 +6,7 @@ connection pools and tokens) is made when it is first used.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 class RegistryAccess:
     """Options of registry access; times in seconds.
 
-    `username` and `password` beat `authfile`, which beats the usual files (credentials.py).
+    `username` and `password` beat `authfile`, which beats the usual files (credentials.py); they
+    are for `login_registry` (as in Reference.registry) only, where that is given.
     `anonymous` never looks for credentials. `plain_http` names registries (host or host:port)
     that are spoken to without TLS; loopback always is unless mirrors say otherwise. `insecure`
     skips the check of certificates. `deadline_s` bounds one request with all its retries where
@@ -28,7 +29,8 @@ class RegistryAccess:
 
     authfile: str | None = None
     username: str | None = None
-    password: str | None = None
+    password: str | None = field(default=None, repr=False)
+    login_registry: str | None = None
     anonymous: bool = False
     plain_http: frozenset[str] = frozenset()
     insecure: bool = False
@@ -46,6 +48,7 @@ class RegistryAccess:
         authfile: str | None = None,
         username: str | None = None,
         password: str | None = None,
+        login_registry: str | None = None,
         anonymous: bool = False,
         plain_http: frozenset[str] = frozenset(),
         insecure: bool = False,
@@ -56,6 +59,7 @@ class RegistryAccess:
             authfile=authfile,
             username=username,
             password=password,
+            login_registry=login_registry,
             anonymous=anonymous,
             plain_http=frozenset(settings.plain_http) | plain_http,
             insecure=insecure,

@@ -7,6 +7,7 @@ image/spec/v1.2.md (manifest.json).
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -54,8 +55,20 @@ class LocalImage(Protocol):
 
 def open_archive(image: ArchiveReference) -> LocalImage:
     """Raises NotFoundError if nothing is there, RegistryError if it is something else."""
-    if not os.path.exists(image.path):
-        raise NotFoundError(f"image {image}: no such file or directory: {image.path}")
+    try:
+        facts = os.stat(image.path)
+    except OSError as exc:
+        raise NotFoundError(f"image {image}: {image.path}: {exc.strerror}") from exc
+    version = (facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns)
+    return _open_version(
+        ArchiveReference(image.scheme, os.path.abspath(image.path), image.tag), version
+    )
+
+
+@functools.lru_cache(maxsize=16)
+def _open_version(image: ArchiveReference, version: tuple[int, ...]) -> LocalImage:
+    """Archives are read through to find their members: once, as long as they do not change."""
+    del version
     if image.scheme == "oci":
         if not os.path.isdir(image.path):
             raise BadReferenceError(
@@ -202,16 +215,15 @@ class _DockerArchive:
         if not isinstance(names, list):
             raise RegistryError(f"image {image}: manifest.json: expected Layers")
         self._layer_names = [_text(name, image) for name in names]
-        self._blobs: dict[str, FileBlob] | None = None
+        self._layers: list[tuple[str, FileBlob]] | None = None
 
     def manifest(self) -> tuple[bytes, str]:
         config_raw = self._config()
         layers = []
         for digest, blob in self._located(config_raw):
-            compressed = _is_gzip(blob)
             layers.append(
                 {
-                    "mediaType": DOCKER_LAYER + (".gzip" if compressed else ""),
+                    "mediaType": DOCKER_LAYER + _compression(blob),
                     "size": blob.size,
                     "digest": digest,
                 }
@@ -235,9 +247,7 @@ class _DockerArchive:
         return raw
 
     def locate(self, digest: str) -> FileBlob:
-        if self._blobs is None:
-            self._blobs = dict(self._located(self._config()))
-        found = self._blobs.get(digest)
+        found = dict(self._located(self._config())).get(digest)
         if found is None:
             raise NotFoundError(f"image {self._image}: blob {digest} is missing")
         return found
@@ -282,6 +292,8 @@ class _DockerArchive:
 
     def _located(self, config_raw: bytes) -> list[tuple[str, FileBlob]]:
         """Digest and place of each layer. A plain tar's digest is its diff ID, which is known."""
+        if self._layers is not None:
+            return self._layers
         rootfs = load_json(config_raw, f"image {self._image}: config").get("rootfs")
         diff_ids = rootfs.get("diff_ids") if isinstance(rootfs, dict) else None
         if not isinstance(diff_ids, list) or len(diff_ids) != len(self._layer_names):
@@ -294,7 +306,8 @@ class _DockerArchive:
             if blob is None:
                 raise RegistryError(f"image {self._image}: layer {name} is missing")
             digest = check_digest(str(diff_id))
-            result.append((_hash(blob) if _is_gzip(blob) else digest, blob))
+            result.append((_hash(blob) if _compression(blob) else digest, blob))
+        self._layers = result
         return result
 
 
@@ -351,8 +364,12 @@ def _pread(blob: FileBlob, count: int) -> bytes:
         raise RegistryError(f"{blob.path}: {exc.strerror}") from exc
 
 
-def _is_gzip(blob: FileBlob) -> bool:
-    return _pread(blob, 2) == b"\x1f\x8b"
+def _compression(blob: FileBlob) -> str:
+    """The ending of the media type, by magic bytes: archives do not say it."""
+    magic = _pread(blob, 4)
+    if magic[:2] == b"\x1f\x8b":
+        return ".gzip"
+    return ".zstd" if magic == b"\x28\xb5\x2f\xfd" else ""
 
 
 def _hash(blob: FileBlob) -> str:

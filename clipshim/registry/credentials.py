@@ -67,7 +67,7 @@ def find_credentials(
     """
     if access.anonymous:
         return None
-    if access.username is not None:
+    if access.username is not None and access.login_registry in (None, registry):
         if access.username == TOKEN_USER:
             return Credentials(identity_token=access.password or "", origin="command line")
         return Credentials(access.username, access.password or "", origin="command line")

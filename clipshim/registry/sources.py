@@ -148,8 +148,9 @@ def fetch_manifest(
     transport = access.transport
     what = f"image {reference}"
 
+    deadline = time.monotonic() + access.deadline_s
+
     def operation(endpoint: Endpoint) -> FetchedManifest:
-        deadline = time.monotonic() + access.deadline_s
         with transport.send(
             endpoint,
             reference,
@@ -179,6 +180,7 @@ def fetch_manifest(
         # A mirror that may pull but not resolve must not be asked what a tag is.
         capability="pull" if named.startswith("sha256:") else "resolve",
         what=what,
+        deadline=deadline,
         attempts=MANIFEST_ATTEMPTS,
     )
 

@@ -49,6 +49,16 @@ def test_the_command_line_wins_and_anonymous_asks_nobody(tmp_path: Path) -> None
     assert find(tmp_path / "missing.json", anonymous=True) is None
 
 
+def test_a_password_for_one_registry_does_not_reach_another(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.json", {"auths": {"o.io": auth("file", "x")}})
+    given = {"username": "flag", "password": "y", "login_registry": "r.io"}
+    assert "s3cret" not in repr(RegistryAccess(password="s3cret"))
+    own, other = find(file, "r.io", **given), find(file, "o.io", **given)
+    assert own is not None
+    assert other is not None
+    assert (own.username, other.username) == ("flag", "file")
+
+
 def test_the_files_come_in_the_usual_order() -> None:
     environ = {
         "REGISTRY_AUTH_FILE": "/1", "DOCKER_CONFIG": "/2", "XDG_RUNTIME_DIR": "/3",

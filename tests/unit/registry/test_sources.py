@@ -137,7 +137,7 @@ def test_the_wrong_scheme_is_corrected(layout: Layout, tmp_path: Path) -> None:
             open_local(image)
         assert caught.value.hint is not None
         assert hint in caught.value.hint
-    with pytest.raises(NotFoundError, match="no such file"):
+    with pytest.raises(NotFoundError, match=r"(?i)no such file"):
         open_local(f"oci:{tmp_path}/missing")
 
 
