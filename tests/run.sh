@@ -18,7 +18,7 @@ TEST_PACKAGES=(
     attr buildah build-essential busybox-static ca-certificates conmon containerd criu crun curl
     debootstrap docker-compose docker-registry docker.io erofs-utils fuse-overlayfs fuse3 git
     iproute2 isal jq libarchive-tools libcap2-bin libfuse3-dev pigz pkg-config podman psmisc
-    python3-dev python3-venv runc skopeo strace tini umoci zstd
+    python3-dev python3-venv python3-yaml runc skopeo strace tini umoci zstd
 )
 VENV="$PWD/.venv"
 

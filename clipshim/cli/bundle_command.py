@@ -125,10 +125,10 @@ def bundle_spec(
     from clipshim.cli import bundle_spec as spec
     from clipshim.cli.image_files import ImageFiles
 
-    config = index.config.get("config") or {}
-    named = user if user is not None else str(config.get("User") or "")
+    named = user if user is not None else str(spec.config_of(index.config).get("User") or "")
     with ImageFiles(index, access) as files:
         passwd, group = files.read("/etc/passwd"), files.read("/etc/group")
+        missing = [p for p in spec.volumes_of(index.config) if not files.is_directory(p)]
     return spec.runtime_spec(
         index.config,
         index_name=INDEX_NAME,
@@ -137,6 +137,7 @@ def bundle_spec(
         entrypoint=None if entrypoint is None else [entrypoint] if entrypoint else [],
         terminal=terminal,
         host_network=host_network,
+        missing_volumes=missing,
         # As runc spec does: a cgroup name space only where cgroup v2 is the whole hierarchy.
         cgroup_namespace=os.path.exists("/sys/fs/cgroup/cgroup.controllers"),
     )

@@ -85,11 +85,6 @@ def resolve_user(user: str, passwd: bytes | None, group: bytes | None) -> User:
     return User(uid, gid, list(dict.fromkeys(gids)))
 
 
-def needs_account_files(user: str) -> bool:
-    """Whether resolving `user` gives another answer with the image's passwd and group."""
-    return user not in ("0:0",)
-
-
 def command_of(
     config: dict[str, Any], arguments: Sequence[str], entrypoint: Sequence[str] | None = None
 ) -> list[str]:
@@ -106,6 +101,22 @@ def command_of(
     return command
 
 
+def config_of(image_config: dict[str, Any]) -> dict[str, Any]:
+    """What the image says about its containers. Raises BundleError."""
+    config = image_config.get("config") or {}
+    if not isinstance(config, dict):
+        raise BundleError("image configuration: config: expected an object")
+    return config
+
+
+def volumes_of(image_config: dict[str, Any]) -> list[str]:
+    """The absolute paths that the image declares as volumes. Raises BundleError."""
+    volumes = config_of(image_config).get("Volumes") or {}
+    if not isinstance(volumes, dict):
+        raise BundleError("image configuration: Volumes: expected an object")
+    return [p for p in sorted(volumes) if p.startswith("/") and ".." not in p.split("/")]
+
+
 def runtime_spec(
     image_config: dict[str, Any],
     *,
@@ -117,16 +128,17 @@ def runtime_spec(
     host_network: bool = False,
     cgroup_namespace: bool = False,
     hostname: str = "clipshim",
+    missing_volumes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """config.json for an image; `index_name` is the index's file name inside the bundle.
 
-    `image_config` is the whole OCI image configuration. Volumes become tmpfs that starts as a
-    copy of the image's directory: a bundle has no place of its own to keep them in.
+    `image_config` is the whole OCI image configuration. A volume is a directory like any other
+    here, kept as long as the container is; `missing_volumes` are those that the image declares
+    but has no directory for, and get a tmpfs. (runc's tmpcopyup for all of them would hold data
+    in memory and fails at a FIFO.)
     Raises BundleError when the configuration holds a value of the wrong shape.
     """
-    config = image_config.get("config") or {}
-    if not isinstance(config, dict):
-        raise BundleError("image configuration: config: expected an object")
+    config = config_of(image_config)
     env = _strings(config, "Env")
     if not any(item.startswith("PATH=") for item in env):
         env = [DEFAULT_PATH, *env]
@@ -158,7 +170,10 @@ def runtime_spec(
         },
         "root": {"path": "rootfs", "readonly": False},
         "hostname": hostname,
-        "mounts": _mounts(host_network=host_network) + _volume_mounts(config),
+        "mounts": [
+            *_mounts(host_network=host_network),
+            *map(_volume_mount, missing_volumes),
+        ],
         "annotations": _annotations(image_config, config, index_name),
         "linux": {
             "resources": {"devices": [{"allow": False, "access": "rwm"}]},
@@ -198,20 +213,13 @@ def _mounts(*, host_network: bool) -> list[dict[str, Any]]:
     return mounts
 
 
-def _volume_mounts(config: dict[str, Any]) -> list[dict[str, Any]]:
-    volumes = config.get("Volumes") or {}
-    if not isinstance(volumes, dict):
-        raise BundleError("image configuration: Volumes: expected an object")
-    return [
-        {
-            "destination": path,
-            "type": "tmpfs",
-            "source": "tmpfs",
-            "options": ["nosuid", "nodev", "relatime", "tmpcopyup"],
-        }
-        for path in sorted(volumes)
-        if path.startswith("/") and ".." not in path.split("/")
-    ]
+def _volume_mount(path: str) -> dict[str, Any]:
+    return {
+        "destination": path,
+        "type": "tmpfs",
+        "source": "tmpfs",
+        "options": ["nosuid", "nodev", "relatime", "mode=755"],
+    }
 
 
 def _annotations(

@@ -68,6 +68,11 @@ class ImageFiles:
             return None
         return FileEntry(content, facts.mode, facts.uid, facts.gid, facts.mtime_ns)
 
+    def is_directory(self, path: str) -> bool:
+        """Whether `path` leads to a directory."""
+        nid = self._walk(path)
+        return nid is not None and stat.S_ISDIR(self._image.stat(nid).mode)
+
     def read(self, path: str, *, limit: int = MAX_FILE_BYTES) -> bytes | None:
         """The content of a regular file, None when there is none at `path`.
 

@@ -125,7 +125,8 @@ def describe_file(index: Index, image: ErofsImage, path: str) -> dict[str, Any]:
 
 def show_index(facts: dict[str, Any]) -> None:
     """`describe_index` as text."""
-    config = facts["config"].get("config") or {}
+    config = facts["config"].get("config")
+    config = config if isinstance(config, dict) else {}
     fields: list[tuple[str, object]] = [
         ("reference", facts["reference"]),
         ("platform", facts["platform"]),

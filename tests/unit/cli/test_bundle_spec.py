@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from clipshim.cli.bundle_spec import User, command_of, resolve_user, runtime_spec
+from clipshim.cli.bundle_spec import User, command_of, resolve_user, runtime_spec, volumes_of
 from clipshim.errors import BundleError, NotFoundError
 
 PASSWD = b"""root:x:0:0:root:/root:/bin/sh
@@ -104,10 +104,12 @@ def test_labels_cannot_steer_a_runtime() -> None:
     assert not [key for key in annotations if key.startswith(("run.oci", "org.systemd"))]
 
 
-def test_volumes_start_as_copies_of_what_the_image_has_there() -> None:
-    mounts = spec({"Volumes": {"/data": {}, "/a/../../b": {}, "relative": {}}})["mounts"]
-    assert next(m for m in mounts if m["destination"] == "/data")["options"][-1] == "tmpcopyup"
-    assert not [m for m in mounts if ".." in m["destination"] or m["destination"] == "relative"]
+def test_volumes_that_the_image_lacks_are_mounted() -> None:
+    image: dict[str, Any] = {"config": {"Volumes": {"/data": {}, "/a/../../b": {}, "relative": {}}}}
+    assert volumes_of(image) == ["/data"]
+    mounts = spec({}, missing_volumes=["/data"])["mounts"]
+    assert mounts[-1]["destination"] == "/data"
+    assert mounts[-1]["type"] == "tmpfs"
 
 
 def test_only_root_holds_capabilities() -> None:
@@ -128,9 +130,7 @@ def test_the_network_is_private_unless_asked_for() -> None:
     assert "cgroup" in kinds(spec({}, cgroup_namespace=True))
 
 
-@pytest.mark.parametrize(
-    "config", [{"Env": "A=1"}, {"Cmd": [1]}, {"WorkingDir": 3}, {"Volumes": ["/data"]}]
-)
+@pytest.mark.parametrize("config", [{"Env": "A=1"}, {"Cmd": [1]}, {"WorkingDir": 3}])
 def test_a_configuration_of_the_wrong_shape_is_refused(config: dict[str, Any]) -> None:
     with pytest.raises(BundleError):
         spec(config)
