@@ -44,16 +44,15 @@ from clipshim.index.erofs_format import (
     superblock_checksum,
 )
 from clipshim.index.merge import Node, Tree
+from clipshim.index.sparse_map import MAX_CHUNK_TABLE, chunk_bits
 from clipshim.index.tar_walk import (
     BLOCK_DEVICE,
     CHAR_DEVICE,
     DIRECTORY,
     FIFO,
-    MAX_CHUNK_TABLE,
     REGULAR,
     SYMLINK,
     TarEntry,
-    chunk_bits,
 )
 
 _KINDS = {  # entry type: (S_IFMT >> 12, file_type of a name)

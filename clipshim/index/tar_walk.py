@@ -7,29 +7,33 @@ PAX global headers are checked and ignored, as all engines do. Not for whiteouts
 anything else that needs more than one entry: see merge.py.
 """
 
-import base64
-import binascii
 import zlib
 from dataclasses import dataclass
 from struct import Struct
 from typing import NoReturn
-from urllib.parse import unquote_to_bytes
 
 from clipshim.errors import LayerError
+from clipshim.index.pax import PaxHeader
+from clipshim.index.sparse_map import (
+    BLOCK,
+    MAX_MAP_BYTES,
+    Pieces,
+    checked,
+    chunk_bits,
+    pairs,
+    parse_map,
+)
 
 REGULAR, HARD_LINK, SYMLINK, CHAR_DEVICE = b"0", b"1", b"2", b"3"
 BLOCK_DEVICE, DIRECTORY, FIFO = b"4", b"5", b"6"
 
-BLOCK = 512
 MAX_EXTENSION_BYTES = 1 << 20  # a PAX header, a long name, a sparse map; archive/tar's bound
 MAX_STORED_BYTES = 16 << 20  # sparse data of one layer that does not lie on block boundaries
-MAX_CHUNK_TABLE = 4 << 20  # entries of one sparse file
 MAX_ENTRIES = 2_000_000  # of one layer
 MAX_EXTENSIONS_BYTES = 512 << 20  # of one layer, in all
 MAX_SIZE = 1 << 50
 MAX_NAME = 255  # linux/limits.h NAME_MAX
 MAX_PATH = 4095  # linux/limits.h PATH_MAX, without the final NUL
-MAX_XATTR_VALUE = 65535  # e_value_size in linux/fs/erofs/erofs_fs.h
 
 _HEADER = Struct("100s8s8s8s12s12s8s1s100s8s64s8s8s155s12s")
 _ZERO = bytes(BLOCK)
@@ -46,9 +50,6 @@ _TYPES = {
     b"5": DIRECTORY,
     b"6": FIFO,
 }
-_PLAIN_RECORDS = frozenset(
-    (b"path", b"linkpath", b"size", b"uid", b"gid", b"mtime", b"atime", b"ctime")
-)
 _WITHOUT_PAYLOAD = frozenset(b"123456")
 
 
@@ -75,7 +76,7 @@ class TarEntry:
     devminor: int = 0
     xattrs: dict[bytes, bytes] = None  # type: ignore[assignment]  # shared when empty
     data_offset: int = 0
-    sparse: list[tuple[int, int]] | None = None
+    sparse: Pieces | None = None
     stored: bytes | None = None
 
     def __post_init__(self) -> None:
@@ -114,7 +115,7 @@ class TarWalker:
         # what a sparse file needs until its map is complete
         self._sparse_entry: TarEntry | None = None
         self._map = bytearray()
-        self._pieces: list[tuple[int, int]] = []
+        self._pieces: Pieces = []
         self._payload = 0
 
     @property
@@ -177,9 +178,7 @@ class TarWalker:
         )
 
     def _forget(self) -> None:
-        self._pax: dict[bytes, bytes] | None = None
-        self._pax_xattrs = self._pax_sparse_file = False
-        self._pairs: list[bytes] = []
+        self._pax: PaxHeader | None = None
         self._long_name: bytes | None = None
         self._long_link: bytes | None = None
 
@@ -217,18 +216,20 @@ class TarWalker:
         xattrs = _NO_XATTRS
         pax = self._pax
         if pax:
+            records = pax.records
             try:
-                size = int(pax.get(b"size", size))
-                uid = int(pax.get(b"uid", uid))
-                gid = int(pax.get(b"gid", gid))
-                if b"mtime" in pax:
-                    mtime_ns = _pax_time(pax[b"mtime"])
-                if self._pax_xattrs:
-                    xattrs = _pax_xattrs(pax)
-            except (ValueError, binascii.Error) as exc:
+                size = int(records.get(b"size", size))
+                uid = int(records.get(b"uid", uid))
+                gid = int(records.get(b"gid", gid))
+                precise = pax.mtime_ns()
+                if precise is not None:
+                    mtime_ns = precise
+                if pax.has_xattrs:
+                    xattrs = pax.xattrs()
+            except ValueError as exc:
                 self._fail(f"damaged PAX record: {exc}", name)
-            name = pax.get(b"path", name)
-            linkname = pax.get(b"linkpath", linkname)
+            name = records.get(b"path", name)
+            linkname = records.get(b"linkpath", linkname)
         if self._long_name is not None:
             name = self._long_name
         if self._long_link is not None:
@@ -259,7 +260,7 @@ class TarWalker:
         )
         if flag == b"S":
             self._old_gnu_sparse(entry, block, payload)
-        elif pax and kind == REGULAR and self._pax_sparse_file:
+        elif pax and pax.is_sparse and kind == REGULAR:
             self._pax_sparse(entry, pax, payload)
         else:
             self._add(entry)
@@ -370,13 +371,17 @@ class TarWalker:
 
     def _local_pax(self, block: bytes) -> None:
         self._after_extension()
-        self._pairs = []
-        self._pax = self._records(block[: self._payload])
+        self._pax = self._parsed_pax(block)
 
     def _global_pax(self, block: bytes) -> None:
         self._after_extension()
-        self._records(block[: self._payload])
-        self._pairs = []
+        self._parsed_pax(block)
+
+    def _parsed_pax(self, block: bytes) -> PaxHeader:
+        try:
+            return PaxHeader(block[: self._payload])
+        except ValueError as exc:
+            self._fail(f"damaged PAX header: {exc}")
 
     def _name_block(self, block: bytes) -> None:
         self._after_extension()
@@ -385,36 +390,6 @@ class TarWalker:
     def _link_block(self, block: bytes) -> None:
         self._after_extension()
         self._long_link = block[: self._payload].partition(b"\0")[0]
-
-    def _records(self, data: bytes) -> dict[bytes, bytes]:
-        """PAX records, `<length> <key>=<value>\\n`; an empty value takes a record back."""
-        records: dict[bytes, bytes] = {}
-        position, end = 0, len(data)
-        while position < end:
-            blank = data.find(b" ", position, position + 12)
-            digits = data[position:blank]
-            if blank < 0 or not digits.isdigit():
-                self._fail("damaged PAX header: expected the length of a record")
-            following = position + int(digits)
-            equals = data.find(b"=", blank, following)
-            if following > end or equals <= blank + 1 or data[following - 1] != 0x0A:
-                self._fail("damaged PAX header: a record does not end where it should")
-            key, value = data[blank + 1 : equals], data[equals + 1 : following - 1]
-            if b"\0" in (value if key in (b"path", b"linkpath") else key):
-                self._fail(f"damaged PAX header: a zero byte in {key!r}")
-            if key not in _PLAIN_RECORDS:
-                if key.startswith(b"GNU.sparse."):
-                    self._pax_sparse_file = True
-                    if key in (b"GNU.sparse.offset", b"GNU.sparse.numbytes"):
-                        self._pairs.append(value)
-                elif key.startswith((b"SCHILY.xattr.", b"LIBARCHIVE.xattr.")):
-                    self._pax_xattrs = True
-            if value:
-                records[key] = value
-            else:
-                records.pop(key, None)
-            position = following
-        return records
 
     # sparse files
 
@@ -431,7 +406,7 @@ class TarWalker:
     def _gnu_sparse_block(self, block: bytes) -> None:
         assert self._sparse_entry
         self._gnu_pieces(block[:504], self._sparse_entry)
-        if len(self._pieces) * 24 > MAX_EXTENSION_BYTES:
+        if len(self._pieces) * 24 > MAX_MAP_BYTES:
             self._fail("sparse map of more than 1 MiB", self._sparse_entry.name)
         if not block[504]:
             self._sparse_complete()
@@ -443,23 +418,24 @@ class TarWalker:
             offset = self._number(fields[at : at + 12])
             self._pieces.append((offset, self._number(fields[at + 12 : at + 24])))
 
-    def _pax_sparse(self, entry: TarEntry, pax: dict[bytes, bytes], payload: int) -> None:
-        version = (pax.get(b"GNU.sparse.major"), pax.get(b"GNU.sparse.minor"))
+    def _pax_sparse(self, entry: TarEntry, pax: PaxHeader, payload: int) -> None:
+        records = pax.records
+        version = (records.get(b"GNU.sparse.major"), records.get(b"GNU.sparse.minor"))
         in_payload = version == (b"1", b"0")
         listed = version in ((b"0", b"0"), (b"0", b"1")) or (
-            version == (None, None) and (b"GNU.sparse.map" in pax or bool(self._pairs))
+            version == (None, None) and (b"GNU.sparse.map" in records or bool(pax.pairs))
         )
         if not in_payload and not listed:
             self._add(entry)  # an unknown version is an ordinary file to archive/tar too
             self._pass(payload)
             return
-        entry.name = pax.get(b"GNU.sparse.name", entry.name)
+        entry.name = records.get(b"GNU.sparse.name", entry.name)
         try:
-            size = pax.get(b"GNU.sparse.size", pax.get(b"GNU.sparse.realsize"))
+            size = records.get(b"GNU.sparse.size", records.get(b"GNU.sparse.realsize"))
             entry.size = int(size) if size else entry.size
             if listed:
-                numbers = pax[b"GNU.sparse.map"].split(b",") if b"GNU.sparse.map" in pax else None
-                self._pieces = _pairs([int(number) for number in numbers or self._pairs])
+                text = records.get(b"GNU.sparse.map")
+                self._pieces = pairs(text.split(b",") if text else pax.pairs)
         except ValueError as exc:
             self._fail(f"damaged sparse map: {exc}", entry.name)
         self._sparse_entry, self._payload = entry, payload
@@ -470,28 +446,20 @@ class TarWalker:
             self._step = self._map_block
 
     def _map_block(self, block: bytes) -> None:
-        """Sparse format 1.0: decimal lines, first their number of pairs, before the data."""
         entry = self._sparse_entry
         assert entry
         self._payload -= BLOCK
         self._map += block
-        if self._payload < 0 or len(self._map) > MAX_EXTENSION_BYTES:
+        if self._payload < 0 or len(self._map) > MAX_MAP_BYTES:
             self._fail("damaged sparse map: longer than its file or 1 MiB", entry.name)
-        lines = self._map.count(b"\n")
-        if not lines:
-            return
         try:
-            pairs = int(self._map[: self._map.index(b"\n")])
-            if pairs < 0 or lines < 1 + 2 * pairs:
-                if pairs < 0 or 4 * pairs > MAX_EXTENSION_BYTES:
-                    self._fail(f"damaged sparse map: {pairs} pairs", entry.name)
-                return
-            numbers = self._map.split(b"\n", 1 + 2 * pairs)[1 : 1 + 2 * pairs]
-            self._pieces = _pairs([int(number) for number in numbers])
+            pieces = parse_map(self._map)
         except ValueError as exc:
             self._fail(f"damaged sparse map: {exc}", entry.name)
-        self._map.clear()
-        self._sparse_complete()
+        if pieces is not None:
+            self._pieces = pieces
+            self._map.clear()
+            self._sparse_complete()
 
     def _sparse_complete(self) -> None:
         """The map is known and the data comes next."""
@@ -499,15 +467,13 @@ class TarWalker:
         assert entry
         self._sparse_entry = None
         self._step = self._header
-        end = total = 0
-        for offset, size in self._pieces:
-            if offset < end or size < 0 or offset + size > entry.size:
-                self._fail(f"sparse map: piece {offset}+{size} is out of order", entry.name)
-            end = offset + size
-            total += size
-        if total != self._payload or entry.size > MAX_SIZE:
-            self._fail(f"sparse map covers {total} bytes of {self._payload}", entry.name)
-        entry.sparse = [piece for piece in self._pieces if piece[1]]
+        total = self._payload
+        if not 0 <= entry.size <= MAX_SIZE:
+            self._fail(f"size {entry.size} is out of range", entry.name)
+        try:
+            entry.sparse = checked(self._pieces, entry.size, total)
+        except ValueError as exc:
+            self._fail(f"damaged sparse map: {exc}", entry.name)
         entry.data_offset = self._after
         self._pieces = []
         self._add(entry)
@@ -530,60 +496,6 @@ class TarWalker:
         entry.stored = block[: sum(size for _, size in entry.sparse or ())]
 
 
-def chunk_bits(size: int, pieces: list[tuple[int, int]], data_offset: int) -> int | None:
-    """log2 of the largest chunk that cuts a sparse file only at borders of its pieces.
-
-    None if the pieces do not lie on 512-byte blocks of file and stream, or if the table of
-    chunks would be larger than MAX_CHUNK_TABLE.
-    """
-    borders = 0
-    for offset, length in pieces:
-        borders |= offset | (length if offset + length < size else 0)
-        if data_offset % BLOCK:
-            return None
-        data_offset += length
-    if borders % BLOCK:
-        return None
-    bits = (borders & -borders).bit_length() - 1 if borders else max(size - 1, 1).bit_length()
-    bits = min(max(bits, 9), 40)
-    return bits if -(-size >> bits) <= MAX_CHUNK_TABLE else None
-
-
 def _signed_sum(block: bytes) -> int:
     """What old tars on machines with signed chars wrote."""
     return sum(byte - 256 if byte > 127 else byte for byte in block[:148] + b" " * 8 + block[156:])
-
-
-def _pairs(numbers: list[int]) -> list[tuple[int, int]]:
-    if len(numbers) % 2:
-        raise ValueError("an odd number of values")
-    return list(zip(numbers[::2], numbers[1::2], strict=True))
-
-
-def _pax_time(value: bytes) -> int:
-    """Nanoseconds from decimal seconds; digits beyond the ninth are cut off."""
-    seconds, _, fraction = value.partition(b".")
-    sign = 1
-    if value[:1] in b"+-":
-        sign = -1 if value[:1] == b"-" else 1
-        seconds = seconds[1:]
-    if not (seconds + fraction).isdigit() or len(seconds) > 18:
-        raise ValueError(f"time {value!r}")
-    nanoseconds = int(fraction[:9].ljust(9, b"0")) if fraction else 0
-    return sign * (int(seconds or b"0") * 1_000_000_000 + nanoseconds)
-
-
-def _pax_xattrs(pax: dict[bytes, bytes]) -> dict[bytes, bytes]:
-    """Extended attributes by name, in order of names; star's form wins over libarchive's."""
-    found: dict[bytes, bytes] = {}
-    for key, value in pax.items():
-        if key.startswith(b"LIBARCHIVE.xattr."):
-            name = unquote_to_bytes(key[17:])
-            padded = value + b"=" * (-len(value) % 4)
-            found.setdefault(name, base64.b64decode(padded, validate=True))
-        elif key.startswith(b"SCHILY.xattr."):
-            found[key[13:]] = value
-    for name, value in found.items():
-        if not 0 < len(name) <= MAX_NAME or b"\0" in name or len(value) > MAX_XATTR_VALUE:
-            raise ValueError(f"extended attribute {name!r} of {len(value)} bytes")
-    return dict(sorted(found.items())) if found else _NO_XATTRS
