@@ -128,7 +128,11 @@ install_clipshim() {
     if [ "$(cat "$venv/stamp" 2>/dev/null)" != "$stamp" ]; then
         say "installing clipshim into $venv"
         [ -x "$python" ] || /usr/bin/python3 -m venv "$venv"
-        retry "$python" -m pip install -q --disable-pip-version-check --upgrade "$checkout"
+        # The versions that the tests run with; the lock file's hashes are for tests/run.sh.
+        sed -n 's/^\([A-Za-z0-9._-]*==[^ \\]*\).*/\1/p' "$checkout/requirements-dev.lock" \
+            >"$venv/constraints.txt"
+        retry "$python" -m pip install -q --disable-pip-version-check --upgrade \
+            --constraint "$venv/constraints.txt" "$checkout"
         printf '%s\n' "$stamp" >"$venv/stamp"
         # A daemon of the old code gives way to the new under running containers.
         "$clipshim" daemon --replace -q 2>/dev/null </dev/null || true
