@@ -1,45 +1,35 @@
 """Making an index: each layer is read once, and everything else follows from that.
 
-Layers are scanned in parallel by threads. In each, libz or libzstd, the digests and the windows
-work outside of the interpreter's lock, so one large layer keeps more than one core busy too.
-Memory does not grow with a layer's size, only with what the index will hold. Fetching blobs is
-the source's part, the tree that of tar_walk, merge and erofs_write.
+Layers are scanned in parallel by threads (layer_scan.py); merged (merge.py) they become the tree
+(erofs_write.py). Memory does not grow with a layer's size, only with what the index will hold.
+Fetching blobs is the source's part.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
-import queue
 import re
 import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import IO, TYPE_CHECKING, Any, BinaryIO, Final, Generic, Protocol, TypeVar
+from dataclasses import dataclass
+from typing import IO, TYPE_CHECKING, Any, Final, Protocol
 
-from clipshim.errors import DigestError, LayerError, StoreError, UsageError
+from clipshim.errors import LayerError, StoreError, UsageError
 from clipshim.index.clip_format import write_clip
 from clipshim.index.erofs_write import write_erofs
-from clipshim.index.gzip_checkpoints import Range, pack_window, scan_gzip
+from clipshim.index.layer_scan import ScannedLayer, scan_layer
 from clipshim.index.merge import merge
 from clipshim.index.model import MAX_LAYERS, LayerInfo, layer_key
-from clipshim.index.span_decode import GZIP_MAGIC
-from clipshim.index.span_table import MAX_LAYER_SIZE, MAX_SPAN_SIZE, Span, SpanTable
-from clipshim.index.tar_walk import TarEntry, TarWalker
-from clipshim.index.zstd_frames import is_zstd, scan_zstd
+from clipshim.index.span_table import MAX_LAYER_SIZE, MAX_SPAN_SIZE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from clipshim.index.clip_format import BinarySource, Compression
-    from clipshim.index.span_table import LayerCompression
     from clipshim.registry.sources import ImageSource
-
-T = TypeVar("T")
 
 DEFAULT_SPACING: Final = 512 << 10
 MIN_SPACING: Final = 64 << 10
@@ -51,8 +41,6 @@ _LAYER_TYPES = re.compile(
     r"|application/vnd\.docker\.image\.rootfs\.(diff|foreign\.diff)\.tar(\.gzip|\.zstd)?"
     r"|application/vnd\.docker\.container\.image\.rootfs\.diff\+x-gtar"
 )
-_INPUT = 128 << 10
-_QUEUED = 8  # chunks that may wait for a consumer
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,33 +207,6 @@ def _json(value: object) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
 
 
-@dataclass(slots=True)
-class _Scanned:
-    """What one pass over a layer gave."""
-
-    label: str
-    diff_id: str
-    blob_digest: str
-    media_type: str
-    urls: tuple[str, ...]
-    table: SpanTable
-    windows: list[bytes]
-    entries: list[TarEntry]
-    spool: IO[bytes] | None  # the blob, if it is to be embedded
-
-    def info(self, key: str) -> LayerInfo:
-        return LayerInfo(
-            diff_id=self.diff_id,
-            blob_digest=self.blob_digest,
-            media_type=self.media_type,
-            blob_size=self.table.blob_size,
-            size=self.table.size,
-            compression=self.table.compression,
-            urls=self.urls,
-            key=key,
-        )
-
-
 class _Stopped(Exception):
     """Scanning was given up because another layer failed: no error of its own."""
 
@@ -266,14 +227,14 @@ class _Build:
         self._progress, self._directory, self._stack = progress, directory, stack
         self._stop = threading.Event()
 
-    def scan_layers(self) -> list[_Scanned]:
+    def scan_layers(self) -> list[ScannedLayer]:
         count = len(self._diff_ids)
         if not count:
             return []
         jobs = min(self._options.jobs or os.cpu_count() or 1, count)
         spools = [self._spool() if self._options.embed else None for _ in range(count)]
         with ThreadPoolExecutor(jobs, "layer") as pool:
-            futures = [pool.submit(self._guarded, i, spools[i]) for i in range(count)]
+            futures = [pool.submit(self._scan, i, spools[i]) for i in range(count)]
             try:
                 results, failures = [], []
                 for future in futures:
@@ -290,12 +251,26 @@ class _Build:
             raise failures[0]
         return results
 
-    def _guarded(self, i: int, spool: IO[bytes] | None) -> _Scanned:
+    def _scan(self, i: int, spool: IO[bytes] | None) -> ScannedLayer:
         try:
-            return self._scan(i, spool)
+            descriptor = self._source.layers[i]
+            if self._progress:
+                self._progress.layer_started(i, descriptor.digest, descriptor.size)
+            scanned = scan_layer(
+                self._source,
+                i,
+                self._diff_ids[i],
+                spacing=self._options.spacing,
+                max_size=self._options.max_layer_size,
+                spool=spool,
+                advanced=lambda done: self._advanced(i, done),
+            )
         except BaseException:
             self._stop.set()
             raise
+        if self._progress:
+            self._progress.layer_finished(i)
+        return scanned
 
     def _spool(self) -> IO[bytes]:
         try:
@@ -304,254 +279,8 @@ class _Build:
             raise StoreError(f"{self._directory}: cannot create: {exc.strerror}") from exc
         return self._stack.enter_context(file)
 
-    def _scan(self, i: int, spool: IO[bytes] | None) -> _Scanned:
-        descriptor, diff_id = self._source.layers[i], self._diff_ids[i]
-        label = f"layer {i} ({descriptor.digest})"
-        if self._progress:
-            self._progress.layer_started(i, descriptor.digest, descriptor.size)
-        walker = TarWalker(label)
-        digester = _Digester(max_span=2 * self._options.spacing)
-        windows: list[bytes] = []
-
-        def walk(item: memoryview | Range) -> None:
-            if isinstance(item, Range):
-                windows.append(pack_window(item))
-            else:
-                walker.feed(item)
-
-        with (
-            _Consumer("digests", digester.feed) as digests,
-            _Consumer("tar", walk) as tar,
-            self._source.open_layer(i) as stream,
-        ):
-            blob = _Blob(self, i, stream, descriptor.size, label, digests, spool)
-            compression, events = self._events(blob, label)
-            made = 0
-            for event in events:
-                if isinstance(event, memoryview):
-                    made += len(event)
-                    if made > self._options.max_layer_size:
-                        raise LayerError(
-                            f"{label}: uncompressed it has more than "
-                            f"{self._options.max_layer_size} bytes"
-                        )
-                digests.put(event)
-                tar.put(event)
-            blob.finish()
-            digests.finish()
-            tar.finish()
-        _check_digest(label, "digest", descriptor.digest, digester.blob.hexdigest())
-        _check_digest(label, "diff ID", diff_id, digester.layer.hexdigest())
-        table = SpanTable(compression, made, descriptor.size, digester.spans(windows))
-        entries = walker.close()
-        if self._progress:
-            self._progress.layer_finished(i)
-        return _Scanned(
-            label,
-            diff_id,
-            descriptor.digest,
-            descriptor.media_type,
-            tuple(descriptor.urls),
-            table,
-            windows,
-            entries,
-            spool,
-        )
-
-    def _events(
-        self, blob: _Blob, label: str
-    ) -> tuple[LayerCompression, Iterator[memoryview | Range]]:
-        """Scans by what the blob is, whatever its media type claims, as engines do."""
-        head = blob.peek()
-        if head.startswith(GZIP_MAGIC):
-            return "gzip", scan_gzip(blob.read, self._options.spacing, label)
-        if is_zstd(head):
-            return "zstd", scan_zstd(blob.read, self._options.spacing, label)
-        return "none", _scan_plain(blob.read, self._options.spacing)
-
-    def advanced(self, i: int, done: int) -> None:
+    def _advanced(self, i: int, done: int) -> None:
         if self._stop.is_set():
             raise _Stopped
         if self._progress:
             self._progress.layer_advanced(i, done)
-
-
-def _check_digest(label: str, what: str, expected: str, got: str) -> None:
-    if expected != f"sha256:{got}":
-        raise DigestError(f"{label}: {what}: expected {expected}, got sha256:{got}")
-
-
-def _scan_plain(read: Callable[[int], bytes], spacing: int) -> Iterator[memoryview | Range]:
-    start = made = 0
-    while chunk := read(min(_INPUT, spacing - made)):
-        yield memoryview(chunk)
-        made += len(chunk)
-        if made == spacing:
-            yield Range("plain", start, made, 0, None)
-            start, made = start + made, 0
-    if made:
-        yield Range("plain", start, made, 0, None)
-
-
-class _Blob:
-    """A layer's blob on its way to the scanner: counted, hashed and, to be embedded, kept."""
-
-    def __init__(
-        self,
-        build: _Build,
-        i: int,
-        stream: BinaryIO,
-        size: int,
-        label: str,
-        digests: _Consumer[Any],
-        spool: IO[bytes] | None,
-    ) -> None:
-        self._build, self._i, self._stream, self._size = build, i, stream, size
-        self._label, self._digests, self._spool = label, digests, spool
-        self._done = 0
-        self._head: bytes | None = None
-
-    def peek(self) -> bytes:
-        """The first bytes, which read() will give again."""
-        head = b""
-        while len(head) < 4 and (more := self.read(_INPUT)):
-            head += more
-        self._head = head
-        return head
-
-    def read(self, size: int) -> bytes:
-        if self._head is not None:
-            chunk = self._head[:size]
-            self._head = self._head[size:] or None
-            return chunk
-        chunk = self._stream.read(size)
-        if chunk:
-            self._done += len(chunk)
-            if self._done > self._size:
-                raise DigestError(f"{self._label}: expected {self._size} bytes, got more")
-            self._digests.put(chunk)
-            if self._spool is not None:
-                self._keep(chunk)
-            self._build.advanced(self._i, self._done)
-        return chunk
-
-    def _keep(self, chunk: bytes) -> None:
-        assert self._spool is not None
-        try:
-            self._spool.write(chunk)
-        except OSError as exc:
-            raise StoreError(f"{self._label}: cannot keep the blob: {exc.strerror}") from exc
-
-    def finish(self) -> None:
-        """Checks that the scanner has read everything there is."""
-        while self.read(_INPUT):
-            pass
-        if self._done != self._size:
-            raise DigestError(f"{self._label}: expected {self._size} bytes, got {self._done}")
-
-
-@dataclass(slots=True)
-class _Piece:
-    """A range with the sizes and digests of its spans."""
-
-    range: Range
-    spans: list[tuple[int, bytes]]
-
-
-@dataclass(slots=True)
-class _Digester:
-    """Hashes of the blob (fed as bytes), the layer and its spans (fed as the scanner's events)."""
-
-    max_span: int
-    blob: Any = field(default_factory=hashlib.sha256)
-    layer: Any = field(default_factory=hashlib.sha256)
-    pieces: list[_Piece] = field(default_factory=list)
-    _span: Any = field(default_factory=hashlib.sha256)
-    _made: int = 0
-    _spans: list[tuple[int, bytes]] = field(default_factory=list)
-
-    def feed(self, item: bytes | memoryview | Range) -> None:
-        if isinstance(item, Range):
-            self._cut()
-            # the bytes for the window's reduction are the other consumer's: do not keep them
-            lean = item._replace(window=None, head=b"")
-            self.pieces.append(_Piece(lean, self._spans))
-            self._spans = []
-        elif isinstance(item, bytes):
-            self.blob.update(item)
-        else:
-            self.layer.update(item)
-            while item:
-                part = item[: self.max_span - self._made]
-                self._span.update(part)
-                self._made += len(part)
-                item = item[len(part) :]
-                if self._made == self.max_span:
-                    self._cut()
-
-    def _cut(self) -> None:
-        if self._made:
-            self._spans.append((self._made, self._span.digest()))
-            self._span, self._made = hashlib.sha256(), 0
-
-    def spans(self, windows: list[bytes]) -> Iterator[Span]:
-        offset = window_offset = 0
-        for piece, window in zip(self.pieces, windows, strict=True):
-            place = (window_offset, len(window)) if window else None
-            window_offset += len(window)
-            skip = 0
-            for size, digest in piece.spans:
-                yield Span(
-                    offset,
-                    size,
-                    piece.range.compressed_offset,
-                    piece.range.compressed_size,
-                    piece.range.bits,
-                    place,
-                    digest,
-                    piece.range.kind,
-                    skip,
-                )
-                offset += size
-                skip += size
-
-
-class _Consumer(Generic[T]):
-    """A thread that is fed items through a bounded queue; its error comes out of put or finish."""
-
-    def __init__(self, name: str, feed: Callable[[T], None]) -> None:
-        self._feed = feed
-        self._queue: queue.Queue[T | None] = queue.Queue(_QUEUED)
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-
-    def __enter__(self) -> _Consumer[T]:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._join()
-
-    def put(self, item: T) -> None:
-        if self._error is not None:
-            raise self._error
-        self._queue.put(item)
-
-    def finish(self) -> None:
-        self._join()
-        if self._error is not None:
-            raise self._error
-
-    def _join(self) -> None:
-        if self._thread.is_alive():
-            self._queue.put(None)
-            self._thread.join()
-
-    def _run(self) -> None:
-        while (item := self._queue.get()) is not None:
-            if self._error is not None:
-                continue  # only empties the queue, so that nobody waits for room in it
-            try:
-                self._feed(item)
-            except BaseException as exc:
-                self._error = exc

@@ -54,6 +54,7 @@ MAX_RAW_SIZE: Final = {
 }
 # A small hostile file must not take much memory: trees of real images compress 6 times.
 _MAX_RATIO = 128
+_ZSTD_BLOCK = 128 << 10  # at most, RFC 8878 section 3.1.1.2
 
 Compression = Literal["zstd", "none"]
 _CODES: Final[dict[Compression, int]] = {"none": 0, "zstd": 1}
@@ -241,6 +242,20 @@ class ClipFile:
         if hashlib.sha256(raw).digest() != entry.sha256:
             raise self._bad(f"section {name}: content does not match its sha256")
         return raw
+
+    def head(self, name: str, size: int) -> bytes:
+        """The first `size` bytes of a section, or all, NOT verified. Raises IndexFormatError."""
+        entry = self.entry(name)
+        if entry.compression == "none":
+            return self.pread(entry.offset, min(size, entry.stored_size))
+        stored = self.pread(entry.offset, min(entry.stored_size, size + 2 * _ZSTD_BLOCK))
+        # the window of such a frame is its content, but memory is used only as far as it is filled
+        decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 30)
+        try:
+            with decompressor.stream_reader(stored) as reader:
+                return reader.read(size)
+        except zstandard.ZstdError as exc:
+            raise self._bad(f"section {name}: not zstd: {exc}") from exc
 
     def verify(self, name: str) -> None:
         """Checks an uncompressed section of any size without holding it in memory."""

@@ -1,7 +1,8 @@
 """An index as its readers see it: image, layers, tree, span tables, windows.
 
-open_index refuses every file that contradicts itself. Building one is builder.py's, the container
-format clip_format.py's, decoding span_decode.py's.
+open_index refuses every file that contradicts itself. Only what may be large is left for later:
+the tree is verified when it is read, the layers of a self-contained index span by span. Building
+one is builder.py's, the container format clip_format.py's, decoding span_decode.py's.
 """
 
 from __future__ import annotations
@@ -11,14 +12,22 @@ import json
 import re
 from dataclasses import dataclass
 from functools import cached_property
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Final
 
 import zstandard
 
 from clipshim.errors import IndexFormatError, SpanDecodeError
 from clipshim.index.clip_format import ClipFile
-from clipshim.index.erofs_format import BLOCK
-from clipshim.index.erofs_read import ErofsImage
+from clipshim.index.erofs_format import (
+    BLOCK,
+    DEVICE_SLOT,
+    DEVICE_SLOT_SIZE,
+    SUPER,
+    SUPER_MAGIC,
+    SUPER_OFFSET,
+    SUPER_SIZE,
+)
 from clipshim.index.span_table import (
     MAX_LAYER_SIZE,
     MAX_WINDOW,
@@ -129,7 +138,11 @@ class Index:
         return bool(self.layers) and "blob.0" in self._clip
 
     def tree(self) -> bytes:
-        """The tree, an EROFS image; read and verified at each call, so that none is kept."""
+        """The tree, an EROFS image; read at each call, so that none is kept.
+
+        Raises IndexFormatError if it does not match its sha256. What it says is for
+        tree_check.py to check.
+        """
         return self._clip.section("tree")
 
     def span_table(self, i: int) -> SpanTable:
@@ -267,7 +280,17 @@ class Index:
                 raise self._bad(f"blob.{i}: expected {layer.blob_size} bytes of layer {i}")
 
     def _check_tree(self) -> None:
-        blocks = ErofsImage(self.tree()).device_blocks()
+        """Refuses a tree of another image; the tree as such is checked by those who read it."""
+        slots = SUPER_OFFSET + SUPER_SIZE
+        head = self._clip.head("tree", slots + DEVICE_SLOT_SIZE * len(self.layers))
+        if len(head) < slots:
+            raise self._bad("tree: not an EROFS image")
+        magic, devices = itemgetter(0, 16)(SUPER.unpack_from(head, SUPER_OFFSET))
+        if magic != SUPER_MAGIC or devices != len(self.layers):
+            raise self._bad(f"tree: expected an EROFS image of {len(self.layers)} devices")
+        if len(head) < slots + DEVICE_SLOT_SIZE * devices:
+            raise self._bad("tree: devices are cut off")
+        blocks = [slot[1] for slot in DEVICE_SLOT.iter_unpack(head[slots:])]
         expected = [-(-layer.size // BLOCK) for layer in self.layers]
         if blocks != expected:
             raise self._bad(f"tree: expected devices of {expected} blocks, got {blocks}")

@@ -108,6 +108,16 @@ def test_an_image_without_layers_has_an_index(tmp_path: Path) -> None:
         assert not index.has_blobs
 
 
+def test_empty_and_repeated_layers_are_layers(tmp_path: Path) -> None:
+    tars = [tar(1), b"", bytes(1024), tar(1), b""]
+    blobs = [deflate(tars[0]), deflate(b""), deflate(tars[2]), deflate(tars[0]), b""]
+    build_index(Source(blobs, tars), tmp_path / "a.clip", SMALL)
+    with open_index(tmp_path / "a.clip") as index:
+        assert [layer.size for layer in index.layers] == [len(data) for data in tars]
+        assert index.layers[0].key == index.layers[3].key
+        assert len(index.span_table(1)) == len(index.span_table(4)) == 0
+
+
 def test_progress_is_told(tmp_path: Path) -> None:
     class Recorder:
         def __init__(self) -> None:

@@ -61,6 +61,16 @@ def test_sections_come_back(tmp_path: Path) -> None:
     assert digest == "sha256:" + hashlib.sha256((tmp_path / "a.clip").read_bytes()).hexdigest()
 
 
+def test_the_head_of_a_section_is_read_alone(tmp_path: Path) -> None:
+    big = os.urandom(1 << 20) + bytes(1 << 20)
+    write_clip(tmp_path / "a.clip", [("tree", big, "zstd"), ("windows", WINDOWS, "none")])
+    with ClipFile.open(tmp_path / "a.clip") as clip:
+        for size in (1, 1000, 300_000):
+            assert clip.head("tree", size) == big[:size]
+        assert clip.head("windows", 10) == WINDOWS[:10]
+        assert clip.head("windows", 1 << 20) == WINDOWS
+
+
 def test_the_same_sections_give_the_same_bytes(tmp_path: Path) -> None:
     assert write(tmp_path / "a.clip") == write(tmp_path / "b.clip")
 
