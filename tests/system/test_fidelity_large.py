@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 import os
 import shutil
 import subprocess
@@ -15,7 +13,7 @@ import pytest
 from clipshim.index.erofs_read import HOLE, ErofsImage
 from tests.support.skips import kernel_cannot
 from tests.support.tar_layers import base_256, find, layer, member, raw_header, tree_of_files
-from tests.system.fidelity import differences_from_umoci, kernel_can, mounted
+from tests.system.fidelity import kernel_can, mounted
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -151,34 +149,3 @@ def test_a_file_capability_takes_effect(tmp_path: Path) -> None:
             os.close(place)
     assert results[0].returncode != 0
     assert (results[1].stdout, results[1].stderr) == ("only for root", "")
-
-
-def test_layers_that_umoci_writes(tmp_path: Path) -> None:
-    layout, bundle = tmp_path / "layout", tmp_path / "bundle"
-    image = f"{layout}:a"
-    subprocess.run(["umoci", "init", "--layout", layout], check=True)
-    subprocess.run(["umoci", "new", "--image", image], check=True)
-    subprocess.run(["umoci", "unpack", "--image", image, bundle], check=True)
-    root = bundle / "rootfs"
-    (root / "dir").mkdir()
-    (root / "dir" / ("n" * 200)).write_bytes(b"one")
-    (root / "dir" / "gone").write_bytes(b"two")
-    os.link(root / "dir" / "gone", root / "linked")
-    os.setxattr(root / "dir", "user.note", b"\0\xff")
-    os.chown(root / "linked", 3_000_000, 4)
-    subprocess.run(["umoci", "repack", "--image", image, bundle], check=True)
-    shutil.rmtree(bundle)
-    subprocess.run(["umoci", "unpack", "--image", image, bundle], check=True)
-    (root / "dir" / "gone").unlink()
-    (root / "new").write_bytes(b"three")
-    subprocess.run(["umoci", "repack", "--image", image, bundle], check=True)
-    layers = []
-    raw = subprocess.run(
-        ["skopeo", "inspect", "--raw", f"oci:{image}"], check=True, capture_output=True
-    ).stdout
-    for descriptor in json.loads(raw)["layers"]:
-        blob = layout / "blobs" / descriptor["digest"].replace(":", "/")
-        layers.append(gzip.decompress(blob.read_bytes()))
-    assert len(layers) == 2
-    (tmp_path / "work").mkdir()
-    assert differences_from_umoci(layers, tmp_path / "work") == []
