@@ -132,9 +132,7 @@ def _group_options(
 
 def build_app() -> Any:
     """The whole command line as one click command."""
-    app = typer.Typer(
-        cls=LazyGroup, add_completion=False, no_args_is_help=True, rich_markup_mode=None
-    )
+    app = typer.Typer(cls=LazyGroup, add_completion=False, rich_markup_mode=None)
     app.callback()(_group_options)
     return typer.main.get_command(app)
 
@@ -145,7 +143,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         stream=sys.stderr, level=logging.WARNING, format="%(levelname)s: %(message)s"
     )
     _Debug.enabled = False
-    argv = list(sys.argv[1:] if arguments is None else arguments)
+    argv = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if argv[0] == "help":
+        argv = [*argv[1:2], "--help"]
     try:
         code = build_app().main(args=argv, prog_name=PROGRAM, standalone_mode=False)
         sys.stdout.flush()

@@ -23,11 +23,17 @@ def test_every_command_has_a_help_with_an_example(capsys: pytest.CaptureFixture[
         assert "--debug" in text
 
 
-def test_help_lists_all_commands(capsys: pytest.CaptureFixture[str]) -> None:
-    assert app.main(["--help"]) == 0
+@pytest.mark.parametrize("arguments", [[], ["help"], ["--help"]])
+def test_help_lists_all_commands(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert app.main(arguments) == 0
     text = capsys.readouterr().out
     for name in app.COMMANDS:
         assert f"  {name} " in text
+
+
+def test_help_of_one_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert app.main(["help", "bundle"]) == 0
+    assert "IMAGE|INDEX" in capsys.readouterr().out
 
 
 def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
