@@ -124,9 +124,14 @@ async def _tree_ids(node: Node) -> set[str]:
 
 
 def _unpacked_ids(node: Node) -> set[str]:
+    """Images that were unpacked, and old drafts of some; a young draft is being written."""
+    found = set()
     with contextlib.suppress(FileNotFoundError):
-        return set(os.listdir(node.unpacker.directory))
-    return set()
+        for entry in os.scandir(node.unpacker.directory):
+            age_s = time.time() - entry.stat(follow_symlinks=False).st_mtime
+            if not entry.name.startswith(".") or age_s > DRAFT_AGE_S:
+                found.add(entry.name)
+    return found
 
 
 def _index_files(node: Node, mounted: set[str]) -> list[IndexFile]:

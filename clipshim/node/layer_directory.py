@@ -6,7 +6,8 @@ memory only for those in use, and a server that takes over answers at once.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 import trio
@@ -87,6 +88,16 @@ class ShownLayer:
                 return bytes(data) + bytes(wanted - len(data))
             return data
         finally:
+            self.unused()
+
+    @asynccontextmanager
+    async def opened(self) -> AsyncIterator[LayerReader]:
+        """The reader, kept open in the block."""
+        self.busy += 1
+        try:
+            yield await self.open()
+        finally:
+            self.last_use = trio.current_time()
             self.unused()
 
     def unused(self) -> None:

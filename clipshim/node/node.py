@@ -1,17 +1,15 @@
 """What a server is made of, put together: stores, layers, trees, resolver. No protocol here."""
 
-import contextlib
 import logging
 import os
 import time
-from collections.abc import AsyncIterator
 
 import trio
 
 from clipshim.errors import ClipError, MountError, StoreError
 from clipshim.index.model import Index, open_index
 from clipshim.lazy.fetching import Fetching
-from clipshim.lazy.layer_reader import Data, LayerReader
+from clipshim.lazy.layer_reader import Data
 from clipshim.lazy.layer_store import LayerStore
 from clipshim.lazy.span_source import BlobSource, EmbeddedSource, SpanSource
 from clipshim.lazy.statistics import LayerStatistics
@@ -20,8 +18,9 @@ from clipshim.node.events import Events
 from clipshim.node.hand_mounts import HandMounts
 from clipshim.node.images import ImageNames
 from clipshim.node.keeper_link import KeeperLink
-from clipshim.node.layer_directory import LayerDirectory, ShownLayer
+from clipshim.node.layer_directory import LayerDirectory
 from clipshim.node.mount_client import MountClient
+from clipshim.node.prefetching import Prefetching
 from clipshim.node.resolver import Progress, Resolved, Resolver
 from clipshim.node.start_watch import StartWatch
 from clipshim.node.tree_mounts import MountRequest, Tree, TreeMounts
@@ -68,6 +67,8 @@ class Node:
         self.resolver.indexing_s = self.events.indexing_took
         self.layers = LayerDirectory(self.store, self.fetching, self._make_source)
         self.starts = StartWatch(self.layers)
+        self.prefetching = Prefetching(settings, nursery, self.layers)
+        self.starts.on_done = self.prefetching.learn
         self.worker = MountClient(settings.run_dir)
         self.records = TreeRecords(settings.state_dir)
         self.hand_mounts = HandMounts(settings.run_dir)
@@ -81,7 +82,7 @@ class Node:
             generation,
             self._complete_device,
         )
-        self.trees.on_gone = self._unpin
+        self.trees.on_gone = self._tree_gone
         # one reader with the node's credentials, one without any
         self._blobs: dict[bool, BlobReader] = {}
         self._pinned: set[tuple[str, str]] = set()  # image ID, key
@@ -140,7 +141,8 @@ class Node:
         finally:
             self.store.release(info.key)
 
-    def _unpin(self, record: TreeRecord) -> None:
+    def _tree_gone(self, record: TreeRecord) -> None:
+        self.prefetching.end(record.image_id)
         for layer in record.layers:
             if (record.image_id, layer.key) in self._pinned:
                 self._pinned.discard((record.image_id, layer.key))
@@ -170,7 +172,10 @@ class Node:
         try:
             if not self.lazy:
                 raise MountError("this machine has no /dev/fuse", hint='fallback = "unpack"')
-            return await self.trees.mount(request)
+            tree = await self.trees.mount(request)
+            assert tree.record is not None
+            self.prefetching.begin(tree.record, resolved.path)
+            return tree
         except MountError as exc:
             if self.settings.fallback != "unpack":
                 raise
@@ -214,19 +219,6 @@ class Node:
                 await trio.to_thread.run_sync(self.store.sync)
             except (ClipError, OSError) as exc:
                 log.error("housekeeping: %s", exc)
-
-    @contextlib.asynccontextmanager
-    async def opened(self, key: str) -> AsyncIterator[LayerReader]:
-        """The reader of a shown layer, kept open in the block."""
-        layer: ShownLayer | None = self.layers.get(key)
-        if layer is None:
-            raise StoreError(f"layer {key}: not shown")
-        layer.busy += 1
-        try:
-            yield await layer.open()
-        finally:
-            layer.last_use = trio.current_time()
-            layer.unused()
 
     def close(self) -> None:
         """Orderly end: what is marked is on the disk."""

@@ -4,8 +4,10 @@ import logging
 import os
 from typing import Any
 
+import trio
+
 from clipshim import __version__
-from clipshim.errors import UsageError
+from clipshim.errors import NotFoundError, UsageError
 from clipshim.node.cleanup import collect
 from clipshim.node.keeper_state import read_state
 from clipshim.node.node import Node
@@ -33,6 +35,7 @@ class Operations:
             "metrics": self.metrics,
             "report": self.report,
             "gc": self.gc,
+            "complete": self.complete,
             "stop": self.stop,
             "replace": self.replace,
         }
@@ -124,6 +127,20 @@ class Operations:
         """Removes garbage, or says what would go."""
         dry_run = request.flag("dry_run")
         return {"removed": await collect(self._node, dry_run=dry_run, unused_trees=True)}
+
+    async def complete(self, request: Request) -> dict[str, Any]:
+        """Fetches an image whole, so that its containers need the registry no more."""
+        node, image = self._node, request.text("image")
+        digest = await trio.to_thread.run_sync(node.images.find, image)
+        if digest is None:
+            raise NotFoundError(
+                f"image {image}: no index of it in the local store",
+                hint=f"make or fetch it: clipshim index {image}, clipshim pull {image}",
+            )
+        # asked for by the node's owner, so with the node's credentials
+        path = node.images.path(digest)
+        layers = await node.prefetching.complete(digest, path, True, request.progress)
+        return {"image": image, "index_digest": digest, "layers": layers}
 
     async def stop(self, request: Request) -> dict[str, Any]:
         """Ends the daemon, unless containers need it."""

@@ -15,7 +15,6 @@ import random
 import subprocess
 import sys
 import tarfile
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipshim.node.client import call_for_fd
@@ -23,6 +22,8 @@ from clipshim.settings import load_settings
 from tests.support.node import wait_for
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from tests.support.node import Node
 
 LAYERS = 3

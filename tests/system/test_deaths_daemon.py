@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import subprocess
 from typing import TYPE_CHECKING
 
 import pytest
@@ -13,6 +15,7 @@ from tests.system import node_trees
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from tests.support.node import Node
 
@@ -66,10 +69,11 @@ def test_readers_outlive_the_keeper_and_then_the_server(
         for _ in range(3):
             keeper = int(node.call("ping")["keeper_pid"])
             os.kill(keeper, signal.SIGKILL)
-            wait_for(
-                "another keeper",
-                lambda keeper=keeper: node.call("ping")["keeper_pid"] not in (None, keeper),
-            )
+
+            def replaced(keeper: int = keeper) -> bool:
+                return node.call("ping")["keeper_pid"] not in (None, keeper)
+
+            wait_for("another keeper", replaced)
             reader.wait_rounds(1)
             node.kill_server()  # the new keeper must know how to replace it
             reader.wait_rounds(1)
@@ -120,3 +124,33 @@ def test_a_mount_request_survives_the_server_that_worked_on_it(node: Node, image
         os.kill(pid, signal.SIGKILL)  # what is asked now waits for the next server
         assert node_trees.mount(node, clip, f"c{i}")["ok"]
     assert node.call("status")["images"][0]["containers"] >= 1
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_complete_image_outlives_its_registry_and_every_process(
+    make_node: Callable[..., Node], tmp_path: Path, mode: str
+) -> None:
+    reference, sums = node_trees.make_image(tmp_path, seed=7)
+    node = make_node(mode=mode)
+    node.start()
+    clip = node_trees.index(node, reference)
+    digest = node_trees.mount(node, clip, "c0")["index_digest"]
+    node.call("release", container="c0")
+    layers = node.call("complete", image=digest)["layers"]
+    assert [layer["complete"] for layer in layers] == [True] * node_trees.LAYERS
+    shutil.rmtree(tmp_path / "image-7")
+    node.call("gc", dry_run=False)  # so that the next mount sees that the layers are complete
+    tree = node_trees.mount(node, clip, "c1")["tree"]
+    with node_trees.Reader(node, tree, sums) as reader:
+        reader.wait_rounds(1)
+    if mode == "erofs":  # the kernel reads the store's files itself
+        for pid in node.processes():
+            os.kill(pid, signal.SIGKILL)
+        wait_for("every process is gone", lambda: not node.processes())
+        layers_mount = f"{node.run_dir}/layers"
+        subprocess.run(["umount", "--lazy", layers_mount], check=True)
+        with node_trees.Reader(node, tree, sums) as reader:
+            reader.wait_rounds(1)
+        node.start()
+        assert node_trees.mount(node, clip, "c2")["tree"] == tree
+        assert node.mounts().count(tree) == 1

@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import socket
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -258,3 +261,83 @@ def test_collection_leaves_what_a_runtime_still_knows(node: Node, tmp_path: Path
     assert any("alive" in text for text in node.call("gc", dry_run=False)["removed"])
     assert not upper.exists()
     assert not directory.exists()
+
+
+def test_a_start_is_learned_and_fetched_ahead_the_next_time(
+    make_node: Callable[..., Node], image: tuple[str, dict[str, str]]
+) -> None:
+    node = make_node(linger_s=3600.0)
+    node.start()
+    clip = node_trees.index(node, image[0])
+    answer = node_trees.mount(node, clip, "c1")
+    name = "data/1-2"
+    data = (Path(answer["tree"]) / name).read_bytes()
+    assert hashlib.sha256(data).hexdigest() == image[1][name]
+    node.call("release", container="c1")
+    profile = node.state_dir / "profiles" / f"{answer['image_id']}.json"
+    wait_for("the profile", profile.exists)
+    spans = json.loads(profile.read_text())["spans"]
+    assert spans
+    assert {layer for layer, _ in spans} == {1}
+
+    assert node.call("stop")["ok"]
+    wait_for("every process is gone", lambda: not node.processes())
+    shutil.rmtree(node.state_dir / "layers")
+    node.start()
+    node_trees.mount(node, clip, "c2")
+
+    def fetched_ahead() -> bool:
+        fetch = node.call("status")["fetch"]
+        return int(fetch["ahead_spans"]) >= len(spans)
+
+    wait_for("the profile's spans are fetched", fetched_ahead)
+
+
+def test_a_report_says_what_a_container_has_fetched(
+    node: Node, image: tuple[str, dict[str, str]]
+) -> None:
+    node.start()
+    answer = node_trees.mount(node, node_trees.index(node, image[0]), "box")
+    directory = node.run_dir / "box"
+    directory.mkdir()
+    state = {"version": 1, "id": "box", "root": "/nowhere", "kind": "own"} | {
+        key: answer[key] for key in ("image_id", "index_digest", "mode", "reference")
+    }
+    (directory / "state.json").write_text(json.dumps(state))
+    (Path(answer["tree"]) / "data/2-0").read_bytes()
+    report = node.call("report", container="box")
+    assert report["ok"], report
+    assert report["image_id"] == answer["image_id"]
+    assert 0 < report["fetched_bytes"] <= report["image_bytes"]
+    assert [layer["fetched_bytes"] > 0 for layer in report["layers"]] == [False, False, True]
+    assert {touch["layer"] for touch in report["touched_at_start"]} == {2}
+    assert not node.call("report", container="other")["ok"]
+
+
+def test_without_fuse_an_image_is_unpacked_if_so_configured(
+    make_node: Callable[..., Node], image: tuple[str, dict[str, str]]
+) -> None:
+    node = make_node(fallback="unpack")
+    clip = node_trees.index(node, image[0])
+    hidden = node.directory / "no-fuse"
+    os.mknod(hidden, 0o20600, os.makedev(240, 240))  # nobody's device: open says ENXIO
+    script = 'mount --bind "$0" /dev/fuse; exec "$@"'
+    command = [sys.executable, "-I", "-m", "clipshim.node.keeper"]
+    with open(node.directory / "keeper.log", "wb") as log:
+        keeper = subprocess.Popen(
+            ["unshare", "--mount", "sh", "-ec", script, hidden, *command],
+            env=node.env,
+            stdin=subprocess.DEVNULL,
+            stderr=log,
+        )
+    try:
+        wait_for("the daemon answers", node.ping)
+        answer = node_trees.mount(node, clip, "c1")
+        assert answer["mode"] == "unpacked"
+        assert sums_below(str(node.state_dir / "unpacked" / answer["image_id"])) == image[1]
+        node.call("release", container="c1")
+        assert node.call("stop")["ok"]
+        assert keeper.wait(120) == 0
+    finally:
+        keeper.kill()
+        keeper.wait()

@@ -1,0 +1,165 @@
+"""Fetches ahead of readers, and fetches images whole: what, when and for whom.
+
+How is lazy/prefetch.py's and lazy/full_check.py's. Profiles are learned from starts
+(start_watch.py), or come with an index.
+"""
+
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
+
+import trio
+
+from clipshim.errors import ClipError, NotFoundError
+from clipshim.index.model import Index, open_index
+from clipshim.lazy.full_check import complete_layer
+from clipshim.lazy.layer_reader import LayerReader
+from clipshim.lazy.prefetch import everything, prefetch
+from clipshim.lazy.profile import load_profile, parse_entries, record_start, within
+from clipshim.node.layer_directory import LayerDirectory
+from clipshim.node.start_watch import Touches
+from clipshim.node.tree_records import TreeRecord
+from clipshim.settings import Settings
+
+log = logging.getLogger(__name__)
+
+PROGRESS_S = 0.2
+
+Progress = Callable[[dict[str, Any]], Awaitable[None]]
+
+
+class Prefetching:
+    """At most one prefetch an image, in the nursery of the server."""
+
+    def __init__(self, settings: Settings, nursery: trio.Nursery, layers: LayerDirectory) -> None:
+        self._settings = settings
+        self._nursery = nursery
+        self._layers = layers
+        self._profiles = f"{settings.state_dir}/profiles"
+        self._scopes: dict[str, trio.CancelScope] = {}
+
+    def learn(self, record: TreeRecord, touches: Touches) -> None:
+        """A container of an image has started."""
+        if self._settings.prefetch != "none":
+            self._nursery.start_soon(self._learn, record.image_id, touches)
+
+    async def _learn(self, image_id: str, touches: Touches) -> None:
+        try:
+            await trio.to_thread.run_sync(record_start, self._profiles, image_id, touches)
+        except OSError as exc:
+            log.warning("profile of %s: %s", image_id, exc)
+
+    def begin(self, record: TreeRecord, index_path: str) -> None:
+        """A tree was mounted. Its later containers find what the first one's prefetch brought."""
+        if self._settings.prefetch == "none" or record.mode == "unpacked":
+            return
+        if record.image_id not in self._scopes:
+            scope = self._scopes[record.image_id] = trio.CancelScope()
+            self._nursery.start_soon(self._run, record, index_path, scope)
+
+    def end(self, image_id: str) -> None:
+        """The tree is unmounted."""
+        scope = self._scopes.pop(image_id, None)
+        if scope is not None:
+            scope.cancel()
+
+    async def _run(self, record: TreeRecord, index_path: str, scope: trio.CancelScope) -> None:
+        with scope:
+            try:
+                order = await self._order(record.image_id, index_path)
+                whole = self._settings.prefetch == "all"
+                if not order and not whole:
+                    return
+                wanted = {layer for layer, _ in order}
+                keys = [
+                    layer.key if whole or number in wanted else None
+                    for number, layer in enumerate(record.layers)
+                ]
+                async with self._opened(keys) as readers:
+                    counts = [len(reader.table) if reader else 0 for reader in readers]
+                    await prefetch(readers, within(order, counts))
+                    if whole:
+                        await prefetch(readers, everything(readers))
+            except (ClipError, OSError) as exc:
+                log.warning("prefetch of %s: %s", record.reference, exc)
+
+    async def _order(self, image_id: str, index_path: str) -> Touches:
+        learned = await trio.to_thread.run_sync(load_profile, self._profiles, image_id)
+        if learned.spans:
+            return learned.spans
+        with await trio.to_thread.run_sync(open_index, index_path) as index:
+            if index.profile is None:
+                return []
+            try:
+                return parse_entries(index.profile)
+            except ValueError as exc:
+                log.warning("index of %s: profile: %s", index.reference, exc)
+                return []
+
+    @asynccontextmanager
+    async def _opened(self, keys: list[str | None]) -> AsyncIterator[list[LayerReader | None]]:
+        async with AsyncExitStack() as stack:
+            readers: list[LayerReader | None] = []
+            for key in keys:
+                layer = self._layers.get(key) if key is not None else None
+                if layer is None:
+                    readers.append(None)
+                else:
+                    readers.append(await stack.enter_async_context(layer.opened()))
+            yield readers
+
+    # Whole images
+
+    async def complete(
+        self, digest: str, path: str, trusted: bool, progress: Progress
+    ) -> list[dict[str, Any]]:
+        """Fetches an image whole and proves its layers; one document a layer. Raises ClipError."""
+        with await trio.to_thread.run_sync(open_index, path) as index:
+            layers = [(layer.key, layer.size) for layer in index.layers]
+            shown_as = f"complete {digest}"
+            self._layers.show(shown_as, path, layers, trusted=trusted)
+            try:
+                for position in range(len(layers)):
+                    await self._complete_layer(index, position, progress)
+            finally:
+                self._layers.hide(shown_as)
+            return [
+                {"digest": layer.diff_id, "size": layer.size, "complete": True}
+                for layer in index.layers
+            ]
+
+    async def _complete_layer(self, index: Index, position: int, progress: Progress) -> None:
+        info = index.layers[position]
+        layer = self._layers.get(info.key)
+        if layer is None:
+            raise NotFoundError(f"layer {info.diff_id}: not shown")
+        done = 0
+
+        def advance(here: int, _total: int) -> None:
+            nonlocal done
+            done = here
+
+        async def tell() -> None:
+            while True:
+                await trio.sleep(PROGRESS_S)
+                await say()
+
+        async def say() -> None:
+            document = {"layer": position, "digest": info.diff_id, "total": info.size}
+            await progress(document | {"done": done})
+
+        async with layer.opened() as reader:
+            await say()
+            failure: ClipError | None = None
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(tell)
+                try:
+                    await complete_layer(reader, advance)
+                except ClipError as exc:
+                    failure = exc
+                nursery.cancel_scope.cancel()
+            if failure is not None:
+                raise failure
+            done = info.size
+            await say()
