@@ -373,6 +373,7 @@ class LayerReader:
             )
         if attempt.bad:
             statistics.verify_failures += len(attempt.bad)
+            source.distrust()
             for bad in set(attempt.bad.values()):
                 log.error("WRONG BYTES from %s (%s): %s", source.name, source.service, bad)
         return attempt

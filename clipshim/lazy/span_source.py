@@ -40,6 +40,10 @@ class SpanSource(Protocol):
         """The window that decoding of `span` starts with, from the index."""
         ...
 
+    def distrust(self) -> None:
+        """Tells that what was fetched was wrong: the next fetch asks another server, if any."""
+        ...
+
 
 class BlobSource:
     """A layer's blob as an image's registry (or local archive) stores it."""
@@ -61,6 +65,10 @@ class BlobSource:
     def window(self, span: Span) -> bytes | None:
         """See SpanSource."""
         return self._index.window(self._layer, span)
+
+    def distrust(self) -> None:
+        """See SpanSource."""
+        self._blobs.distrust(self._blob)
 
 
 class EmbeddedSource:
@@ -89,6 +97,9 @@ class EmbeddedSource:
     def window(self, span: Span) -> bytes | None:
         """See SpanSource."""
         return self._index.window(self._layer, span)
+
+    def distrust(self) -> None:
+        """See SpanSource. There is no other."""
 
 
 def time_left(deadline: float) -> float:

@@ -89,6 +89,9 @@ class MadeSource:
         self.gate: threading.Event | None = None
         self._lock = threading.Lock()
 
+    def distrust(self) -> None:
+        """See SpanSource. There is no other."""
+
     def fetch(self, start: int, length: int, deadline: float) -> bytes:
         with self._lock:
             self.requests.append((start, length))
