@@ -22,7 +22,7 @@ from clipshim.index.clip_format import write_clip
 from clipshim.index.erofs_write import write_erofs
 from clipshim.index.layer_scan import ScannedLayer, scan_layer
 from clipshim.index.merge import merge
-from clipshim.index.model import MAX_LAYERS, LayerInfo, layer_key
+from clipshim.index.model import MAX_LAYERS, LayerInfo, image_problem, layer_key
 from clipshim.index.span_table import MAX_LAYER_SIZE, MAX_SPAN_SIZE
 
 if TYPE_CHECKING:
@@ -105,6 +105,10 @@ def build_index(
         )
     output = os.path.abspath(os.fspath(output))
     config, diff_ids = _check_image(source)
+    row = _image_row(source, config)
+    problem = image_problem(row)
+    if problem:
+        raise LayerError(f"image {source.reference}: {problem}")
     with contextlib.ExitStack() as stack:
         build = _Build(source, diff_ids, options, progress, os.path.dirname(output), stack)
         scanned = build.scan_layers()
@@ -123,7 +127,7 @@ def build_index(
             for info, packed, layer in zip(infos, tables, scanned, strict=True)
         ]
         sections: list[tuple[str, bytes | BinarySource, Compression]] = [
-            ("image", _json(_image_row(source, config)), "zstd"),
+            ("image", _json(row), "zstd"),
             ("layers", _json(listing), "zstd"),
             ("tree", image, "zstd"),
             ("spans", b"".join(tables), "zstd"),

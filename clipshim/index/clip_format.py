@@ -126,6 +126,9 @@ def _write(
     for name, content, compression in listed:
         if isinstance(content, bytes):
             raw_size, raw_digest = len(content), hashlib.sha256(content).digest()
+            limit = MAX_RAW_SIZE.get(name, raw_size)
+            if raw_size > limit:
+                raise IndexFormatError(f"section {name}: at most {limit} bytes, got {raw_size}")
             stored = content
             if compression == "zstd":
                 compressor = zstandard.ZstdCompressor(level=level, write_checksum=False)

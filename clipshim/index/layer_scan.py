@@ -15,7 +15,7 @@ from typing import IO, TYPE_CHECKING, Any, BinaryIO, Final, Generic, TypeVar
 
 from clipshim.errors import DigestError, LayerError, StoreError
 from clipshim.index.gzip_checkpoints import Range, pack_window, scan_gzip
-from clipshim.index.model import LayerInfo
+from clipshim.index.model import LayerInfo, is_plain
 from clipshim.index.span_decode import GZIP_MAGIC
 from clipshim.index.span_table import Span, SpanTable
 from clipshim.index.tar_walk import TarEntry, TarWalker
@@ -113,7 +113,7 @@ def scan_layer(
         diff_id=diff_id,
         blob_digest=descriptor.digest,
         media_type=descriptor.media_type,
-        urls=tuple(descriptor.urls),
+        urls=tuple(url for url in descriptor.urls if is_plain(url)),
         table=SpanTable(compression, made, descriptor.size, digester.spans(windows)),
         windows=windows,
         entries=walker.close(),

@@ -48,7 +48,7 @@ __all__ = [
 
 MAX_LAYERS: Final = 1000
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
-_PLATFORM = re.compile(r"[a-z0-9]+/[a-z0-9_]+(/[a-z0-9._]+)?")
+_PLATFORM = re.compile(r"[a-z0-9]{1,32}/[A-Za-z0-9._-]{1,32}(/[A-Za-z0-9._-]{1,32})?")
 _COMPRESSIONS: Final[dict[str, LayerCompression]] = {"none": "none", "gzip": "gzip", "zstd": "zstd"}
 
 
@@ -73,6 +73,26 @@ def layer_key(diff_id: str, packed_spans: bytes) -> str:
     cannot put its bytes into the cache of another index.
     """
     return f"{diff_id.removeprefix('sha256:')}-{hashlib.sha256(packed_spans).hexdigest()[:32]}"
+
+
+def image_problem(image: dict[str, Any]) -> str | None:
+    """What is wrong with an image's reference, manifest digest, platform or config text."""
+    for field in ("reference", "manifest_digest", "platform", "config"):
+        value = image.get(field)
+        if not isinstance(value, str) or not _is_unicode(value):
+            return f"{field} is missing or not a string"
+    if len(image["reference"]) > 4096 or not image["reference"].isprintable():
+        return "unusable reference"
+    if not _DIGEST.fullmatch(image["manifest_digest"]):
+        return "manifest_digest is not a sha256 digest"
+    if not _PLATFORM.fullmatch(image["platform"]):
+        return f"platform is not os/architecture: {image['platform']!r}"
+    return None
+
+
+def is_plain(value: object) -> bool:
+    """Whether a value is a short text without anything that could confuse a terminal or a log."""
+    return isinstance(value, str) and len(value) <= 8192 and value.isascii() and value.isprintable()
 
 
 class Index:
@@ -183,22 +203,13 @@ class Index:
         image = _load_json(self._clip, "image")
         if not isinstance(image, dict):
             raise self._bad("image is not an object")
-        for field in ("reference", "manifest_digest", "platform", "config"):
-            if not isinstance(image.get(field), str):
-                raise self._bad(f"image: {field} is missing or not a string")
+        problem = image_problem(image)
+        if problem:
+            raise self._bad(f"image: {problem}")
         self.reference: str = image["reference"]
         self.manifest_digest: str = image["manifest_digest"]
         self.platform: str = image["platform"]
-        try:
-            self.config_raw: bytes = image["config"].encode()
-        except UnicodeEncodeError as exc:  # a lone surrogate
-            raise self._bad("image: config is not text") from exc
-        if len(self.reference) > 4096 or not self.reference.isprintable():
-            raise self._bad("image: unusable reference")
-        if not _DIGEST.fullmatch(self.manifest_digest):
-            raise self._bad("image: manifest_digest is not a sha256 digest")
-        if not _PLATFORM.fullmatch(self.platform):
-            raise self._bad("image: platform is not os/architecture")
+        self.config_raw: bytes = image["config"].encode()
         try:
             config = json.loads(self.config_raw)
         except (ValueError, RecursionError) as exc:
@@ -244,9 +255,9 @@ class Index:
             if not isinstance(row.get(field), str) or not _DIGEST.fullmatch(row[field]):
                 raise self._bad(f"layer {i}: {field} is not a sha256 digest")
         media_type, urls = row.get("media_type"), row.get("urls", [])
-        if not isinstance(media_type, str) or not _is_plain(media_type):
+        if not isinstance(media_type, str) or not is_plain(media_type):
             raise self._bad(f"layer {i}: media_type is not a short string")
-        if not isinstance(urls, list) or not all(_is_plain(url) for url in urls):
+        if not isinstance(urls, list) or not all(is_plain(url) for url in urls):
             raise self._bad(f"layer {i}: urls is not a list of short strings")
         compression = _COMPRESSIONS.get(str(row.get("compression")))
         if compression is None:
@@ -319,8 +330,12 @@ def open_index(path_or_fd: str | os.PathLike[str] | int) -> Index:
         raise
 
 
-def _is_plain(value: object) -> bool:
-    return isinstance(value, str) and len(value) <= 8192 and value.isascii() and value.isprintable()
+def _is_unicode(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # a lone surrogate
+        return False
+    return True
 
 
 def _load_json(clip: ClipFile, name: str) -> Any:

@@ -230,6 +230,12 @@ def test_a_section_over_its_limit_is_not_even_read(tmp_path: Path) -> None:
         clip.section("image")
 
 
+def test_a_section_over_its_limit_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(IndexFormatError, match="at most"):
+        write_clip(tmp_path / "a.clip", [("image", bytes((16 << 20) + 1), "none")])
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_missing_section_is_named(tmp_path: Path) -> None:
     write(tmp_path / "a.clip")
     with ClipFile.open(tmp_path / "a.clip") as clip, pytest.raises(IndexFormatError, match="tree"):
