@@ -48,7 +48,7 @@ __all__ = [
 
 MAX_LAYERS: Final = 1000
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
-_PLATFORM = re.compile(r"[a-z0-9]{1,32}/[A-Za-z0-9._-]{1,32}(/[A-Za-z0-9._-]{1,32})?")
+_PLATFORM = re.compile(r"[a-z0-9]{1,32}(/[A-Za-z0-9_][A-Za-z0-9._-]{,31}){1,2}")
 _COMPRESSIONS: Final[dict[str, LayerCompression]] = {"none": "none", "gzip": "gzip", "zstd": "zstd"}
 
 
