@@ -2,8 +2,9 @@
 
     demo_image.py ROOT LAYOUT [TAG]
 
-GNU tar writes the layers in a fixed order with clamped times, so the same root gives the same
-bytes. Not for anything but the demonstration and its test: standard library only.
+GNU tar writes the layers in a fixed order, so the same root gives the same bytes. Times stay as
+they are: Python throws away compiled modules whose source has another time, and would read and
+compile everything anew. Not for anything but the demonstration: standard library only.
 """
 
 from __future__ import annotations
@@ -64,6 +65,8 @@ def main() -> None:
         os.chmod(top, 0o755)
         Path(top, "srv").mkdir()
         Path(top, "srv", "hello.py").write_text(PROGRAM)
+        for path in (Path(top, "srv", "hello.py"), Path(top, "srv"), Path(top)):
+            os.utime(path, (EPOCH, EPOCH))
         add(Path(top), ".")
 
     config = {
@@ -94,7 +97,7 @@ def tar_layer(draft: Path, directory: Path, arguments: tuple[str, ...]) -> tuple
     """Digest and size of the compressed layer, and its diff ID."""
     command = [
         "tar", "--create", "--directory", str(directory), "--sort=name", "--numeric-owner",
-        f"--mtime=@{EPOCH}", "--clamp-mtime", "--format=posix",
+        "--format=posix",
         "--pax-option=exthdr.name=%d/PaxHeaders/%f,delete=atime,delete=ctime",
         "--xattrs", "--xattrs-include=*", *arguments,
     ]  # fmt: skip
