@@ -15,7 +15,7 @@ from clipshim.index.unpack_check import (
     unpack_with_umoci,
 )
 from clipshim.mounts.erofs import mount_erofs, probe_erofs
-from clipshim.mounts.syscalls import umount2
+from clipshim.mounts.syscalls import MNT_DETACH, umount2
 from tests.support.tar_layers import tree_of_files
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def mounted(tree: bytes, layer_files: Sequence[Path], work: Path) -> Iterator[Pa
     try:
         yield target
     finally:
-        umount2(str(target), 0)
+        umount2(str(target), MNT_DETACH)
 
 
 def differences(

@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import tarfile
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
@@ -14,9 +14,6 @@ from clipshim.index.erofs_read import HOLE, ErofsImage
 from tests.support.skips import kernel_cannot
 from tests.support.tar_layers import base_256, find, layer, member, raw_header, tree_of_files
 from tests.system.fidelity import kernel_can, mounted
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 GIB = 1 << 30
 CAP_DAC_READ_SEARCH = bytes.fromhex("0100000204000000000000000000000000000000")
@@ -114,6 +111,10 @@ def test_two_hundred_thousand_files(tmp_path: Path) -> None:
 def test_a_file_capability_takes_effect(tmp_path: Path) -> None:
     if not kernel_can(tmp_path):
         kernel_cannot("mount EROFS images from files")
+    lines = Path("/proc/self/status").read_text().splitlines()
+    status = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
+    if status["NoNewPrivs"].strip() != "0" or not int(status["CapBnd"], 16) & 1 << 2:
+        kernel_cannot("give file capabilities here: no_new_privs or a small bounding set")
     program = shutil.which("cat")
     assert program
     with open(program, "rb") as file:
