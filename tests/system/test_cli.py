@@ -12,13 +12,13 @@ import pytest
 
 from tests.support.images import debian_root
 from tests.support.node import CLIPSHIM, Node, wait_for
+from tests.support.registry import TestRegistry, running_registry
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
     from tests.support.images import Image
-    from tests.support.registry import TestRegistry
 
 PYTHON = "/usr/bin/python3.11"
 
@@ -297,6 +297,37 @@ def test_gc_removes_an_unused_tree(make_node: Callable[..., Node], debian_clip: 
     assert len(document(node, "status")["images"]) == 1
     assert document(node, "gc")["removed"]
     assert document(node, "status")["images"] == []
+
+
+def test_a_completed_image_needs_no_registry(node: Node, run_root: Path, debian: Image) -> None:
+    with running_registry(run_root / "soon-gone") as registry:
+        reference = registry.push_layout(debian.layout, "gone:1", tag="test")
+        node.clipshim("index", reference, "-q")
+        node.clipshim("bundle", reference, node.directory / "b", "-q")
+        done = document(node, "complete", reference)
+    assert [layer["complete"] for layer in done["layers"]] == [True] * 4
+    shown = node.clipshim("run", "--bundle", node.directory / "b", "offline").stdout
+    assert shown.startswith("lazy ")
+
+
+def test_a_report_tells_what_a_container_fetched(node: Node, debian_clip: Path) -> None:
+    node.clipshim("bundle", debian_clip, node.directory / "b", "-q", "--", "/bin/sleep", "600")
+    # Without its own descriptors a detached container would hold the ends of our pipes.
+    with open(node.directory / "output", "wb") as output:
+        subprocess.run(
+            [CLIPSHIM, "run", "--detach", "--bundle", node.directory / "b", "reported"],
+            env=node.env, check=True, timeout=120, stdin=subprocess.DEVNULL,
+            stdout=output, stderr=output,
+        )  # fmt: skip
+    try:
+        facts = document(node, "report", "reported")
+        assert facts["container"] == "reported"
+        assert 0 < facts["fetched_bytes"] < facts["image_bytes"]
+        assert "reported" in node.clipshim("report", "reported").stdout
+        assert [c["id"] for c in document(node, "status")["containers"]] == ["reported"]
+    finally:
+        node.clipshim("delete", "--force", "reported")
+    assert "no such container" in failure(node, "report", "reported")
 
 
 def test_doctor_finds_nothing_wrong_here(node: Node) -> None:
