@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 if str(CHECKOUT) not in sys.path:
@@ -27,6 +28,16 @@ from tests.support.skips import KERNEL_CANNOT  # noqa: E402
 
 if TYPE_CHECKING:
     from collections.abc import Generator
+
+# the same examples in every run, and no limits of time: a loaded machine must not fail a test
+settings.register_profile(
+    "steady",
+    derandomize=True,
+    database=None,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
+settings.load_profile("steady")
 
 IN_CI = os.environ.get("CI", "").lower() in ("1", "true", "yes")
 _LEAKS: pytest.StashKey[list[str]] = pytest.StashKey()
