@@ -119,7 +119,7 @@ def test_what_the_checker_says_of_a_sound_tree() -> None:
 
 
 @given(st.sets(names, max_size=60))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_any_names_are_found_again(found: set[bytes]) -> None:
     tree = merge([[TarEntry(name, REGULAR, 0o600, 0, 0, 0, 0) for name in found if
                    not name.startswith(b".wh.")]])  # fmt: skip
@@ -143,7 +143,7 @@ def test_any_names_are_found_again(found: set[bytes]) -> None:
     st.integers(-(2**40), 2**62),
     st.integers(0, 2**32 - 1),
 )
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_any_metadata_reads_back(xattrs: dict[bytes, bytes], mtime_ns: int, owner: int) -> None:
     entry = TarEntry(b"f", REGULAR, 0o4755, owner, owner // 2, 0, mtime_ns, xattrs=xattrs)
     image = ErofsImage(write_erofs(merge([[entry]]), [0]))
@@ -157,7 +157,7 @@ def test_any_metadata_reads_back(xattrs: dict[bytes, bytes], mtime_ns: int, owne
 
 
 @given(st.integers(0, 20_000), st.integers(0, 20_000))
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_extents_cover_exactly_what_was_asked(offset: int, length: int) -> None:
     image = ErofsImage(IMAGE)
     for name, size in ((b"sparse", 9000), (b"unaligned", 9000), (b"etc/file", 3000)):
@@ -232,7 +232,7 @@ def use(image: ErofsImage) -> None:
 
 
 @given(st.integers(0, 2**32), st.integers(1, 4))
-@settings(deadline=None, max_examples=400)
+@settings(max_examples=400)
 def test_a_damaged_image_is_refused_or_still_sound(seed: int, flips: int) -> None:
     choose = random.Random(seed)
     damaged = bytearray(IMAGE)
@@ -249,7 +249,7 @@ def test_a_damaged_image_is_refused_or_still_sound(seed: int, flips: int) -> Non
 
 
 @given(st.integers(0, 2**32))
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_reading_a_damaged_image_without_a_check_ends_in_an_index_format_error(seed: int) -> None:
     choose = random.Random(seed)
     damaged = bytearray(IMAGE)

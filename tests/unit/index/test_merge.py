@@ -189,7 +189,7 @@ plain = st.tuples(path, st.sampled_from([REGULAR, DIRECTORY]))
 @given(
     st.lists(plain, max_size=8), st.lists(plain, max_size=6), st.lists(path, max_size=3), st.data()
 )
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_where_whiteouts_stand_in_their_layer_does_not_matter(
     lower: list[tuple[str, bytes]],
     upper: list[tuple[str, bytes]],
@@ -219,7 +219,7 @@ odd_path = st.lists(odd, max_size=5).map("/".join)
 
 
 @given(st.lists(st.lists(st.tuples(odd_path, kinds, odd_path), max_size=8), max_size=4))
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_any_entries_give_a_sound_tree_or_a_layer_error(
     layers: list[list[tuple[str, bytes, str]]],
 ) -> None:

@@ -17,7 +17,7 @@ gaps = st.lists(
 
 
 @given(gaps, st.integers(0, 5000), st.sampled_from(["0.1", "1.0"]))
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_any_sparse_file_reads_back(parts: list[tuple[int, int]], rest: int, version: str) -> None:
     expected = bytearray()
     pieces, data = [], b""

@@ -43,7 +43,7 @@ members = st.tuples(
     st.sampled_from([tarfile.PAX_FORMAT, tarfile.GNU_FORMAT]),
     st.integers(1, 3000),
 )
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_agrees_with_tarfile_however_it_is_fed(
     files: list[tuple[str, bytes, int, int, int]], form: Format, step: int
 ) -> None:
@@ -70,14 +70,14 @@ def test_agrees_with_tarfile_however_it_is_fed(
 
 
 @given(st.binary(max_size=3000))
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_any_bytes_are_entries_or_a_layer_error(data: bytes) -> None:
     with contextlib.suppress(LayerError):
         entries(data)
 
 
 @given(st.data())
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_any_damage_is_entries_or_a_layer_error(data: st.DataObject) -> None:
     stream = bytearray(
         layer(
