@@ -198,6 +198,11 @@ class RecentSpans:
         """Forgets a span."""
         self._size -= len(self._spans.pop((key, span), b""))
 
+    def clear(self) -> None:
+        """Forgets everything."""
+        self._spans.clear()
+        self._size = 0
+
 
 class LimitedLog:
     """Lets one line through per key and LOG_EVERY_S, and says how many it held back."""

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from clipshim.lazy.fetching import Ticket
 
 RUN_BYTES = 4 << 20  # compressed bytes of a ranged request
-RUN_SPANS = 4
+RUN_SPANS = 8
 GAP_BYTES = 64 << 10  # between two ranges, fetched along rather than asked for separately
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from clipshim.errors import DigestError, StoreError
+from clipshim.errors import ClipError, DigestError, StoreError
 from clipshim.lazy.flight import RUN_SPANS
 
 if TYPE_CHECKING:
@@ -65,27 +65,28 @@ async def _fetch_missing(reader: LayerReader, progress: Callable[[int, int], Non
     batches = iter([missing[i : i + RUN_SPANS] for i in range(0, len(missing), RUN_SPANS)])
     here = reader.size - sum(reader.table[span].uncompressed_size for span in missing)
 
+    failed: ClipError | None = None
+
     async def work() -> None:
-        nonlocal here
+        nonlocal here, failed
         for spans in batches:
             if progress is not None:
                 progress(here, reader.size)
-            await reader.fetch_spans(spans)
+            try:
+                await reader.fetch_spans(spans)
+            except ClipError as exc:
+                failed = exc
+            if failed is not None:
+                return
             here += sum(reader.table[span].uncompressed_size for span in spans)
 
-    try:
-        async with trio.open_nursery() as nursery:
-            for _ in range(PARALLEL):
-                nursery.start_soon(work)
-    except* Exception as group:
-        raise _first(group) from None
+    async with trio.open_nursery() as nursery:
+        for _ in range(PARALLEL):
+            nursery.start_soon(work)
+    if failed is not None:
+        raise failed
     if progress is not None:
         progress(here, reader.size)
-
-
-def _first(group: BaseExceptionGroup[Exception]) -> Exception:
-    first = group.exceptions[0]
-    return _first(first) if isinstance(first, BaseExceptionGroup) else first
 
 
 def _hash(reader: LayerReader) -> str:

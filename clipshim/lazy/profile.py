@@ -49,8 +49,9 @@ def merge(old: Profile, touches: Sequence[tuple[int, int]]) -> Profile:
 
 def load_profile(directory: str, image_id: str) -> Profile:
     """What is known of an image; EMPTY if that is nothing or cannot be read."""
+    path = _path(directory, image_id)
     try:
-        with open(_path(directory, image_id), "rb") as file:
+        with open(path, "rb") as file:
             content = json.loads(file.read(MAX_FILE + 1))
         if content["version"] != VERSION:
             return EMPTY
