@@ -123,6 +123,9 @@ class RpcServer:
             self.active += 1
             try:
                 answer = await self._answer(request)
+                # before the answer: the client unmounts the file system that its file lies on
+                close_all(request.fds)
+                request.fds.clear()
                 await connection.send(answer, request.reply_fds)
             finally:
                 self.active -= 1

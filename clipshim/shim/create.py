@@ -142,6 +142,8 @@ def _request_tree(settings: "Settings", key: str, named: "Source") -> "rootfs.Tr
         if named.is_optional:
             return None
         raise
+    finally:
+        named.close()  # a stub's index lies on the overlay that is about to be replaced
     try:
         return rootfs.Tree(reply.values, reply.take_fd())
     finally:
