@@ -32,6 +32,7 @@ from clipshim.registry.mirrors import Endpoint, endpoints_for
 from clipshim.registry.references import is_loopback, split_port
 from clipshim.registry.replies import Reply, drain, read_body, refusal, released, transport_failure
 from clipshim.registry.tokens import MAX_TOKEN_BYTES, Authorizer
+from clipshim.registry.watchdog import POOL_CLASSES, bounded
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -353,6 +354,8 @@ class Transport:
             data: object = body
             if callable(body):
                 data = stack.enter_context(body())
+            response_s = min(self.access.read_timeout_s, left)
+            stack.enter_context(bounded(connect_s=left, response_s=response_s))
             try:
                 return self._pool(endpoint, url).urlopen(
                     method,
@@ -405,12 +408,16 @@ class Transport:
             # The user asked for it: no warning per connection.
             urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)
         if proxy is None:
-            return urllib3.PoolManager(**options)  # type: ignore[arg-type]
+            pool = urllib3.PoolManager(**options)  # type: ignore[arg-type]
+            pool.pool_classes_by_scheme = dict(POOL_CLASSES)
+            return pool
         login = urlsplit(proxy)
         if login.username:
             credentials = f"{login.username}:{login.password or ''}"
             options["proxy_headers"] = urllib3.make_headers(proxy_basic_auth=credentials)
-        return urllib3.ProxyManager(proxy, **options)  # type: ignore[arg-type]
+        proxied = urllib3.ProxyManager(proxy, **options)  # type: ignore[arg-type]
+        proxied.pool_classes_by_scheme = dict(POOL_CLASSES)
+        return proxied
 
     def pause(self, rounds: int, what: str) -> None:
         """Waits as long as `exchange` does after `rounds` failures; close() ends it."""

@@ -40,6 +40,7 @@ Kind = Literal[
     "wrong-range",  # a Content-Range that begins elsewhere
     "ignore-range",  # 200 with the whole body
     "stall-headers",  # no answer at all
+    "drip-headers",  # headers that never end, a byte now and then
 ]
 DRIP_PERIOD_S = 0.05
 UPSTREAM_TIMEOUT_S = 120.0
@@ -314,6 +315,12 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if fault is not None and fault.kind == "stall-headers":
             self._proxy.closing.wait()
+            self.close_connection = True
+            return
+        if fault is not None and fault.kind == "drip-headers":
+            self.wfile.write(b"HTTP/1.1 200 OK\r\nX-Drip: ")
+            while not self._proxy.closing.wait(DRIP_PERIOD_S):
+                self.wfile.write(b"x")
             self.close_connection = True
             return
         if role == "token":

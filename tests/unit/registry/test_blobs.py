@@ -123,7 +123,7 @@ def test_a_passing_fault_is_retried(
     assert set(retries(reader)) <= {cause, "reset", "short-body"}
 
 
-@pytest.mark.parametrize("kind", ["stall", "drip", "stall-headers"])
+@pytest.mark.parametrize("kind", ["stall", "drip", "stall-headers", "drip-headers"])
 def test_a_transfer_that_hangs_is_given_up_and_tried_again(
     proxy: FaultProxy, impatient: BlobReader, kind: str
 ) -> None:
