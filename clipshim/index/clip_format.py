@@ -10,7 +10,8 @@ model.py. Reading treats the file as hostile: every number is checked before it 
         16     8  size of the whole file
         24    32  sha256 of the table
         56    88  table, one row a section: name (24, NUL padded), offset, stored size, raw size
-                  (8 each), compression (1: 0 none, 1 zstd), zeros (7), sha256 of the raw bytes
+                  (8 each), compression (1: 0 none, 1 zstd), zeros (7), sha256 of the stored
+                  bytes, so that nothing in the file can change unnoticed
     then          the sections in the table's order, without gaps, and nothing after them
 """
 
@@ -76,7 +77,7 @@ class Section(NamedTuple):
     offset: int
     stored_size: int
     raw_size: int
-    sha256: bytes  # of the raw bytes
+    sha256: bytes  # of the stored bytes
     compression: Compression
 
 
@@ -125,7 +126,7 @@ def _write(
     rows = []
     for name, content, compression in listed:
         if isinstance(content, bytes):
-            raw_size, raw_digest = len(content), hashlib.sha256(content).digest()
+            raw_size = len(content)
             limit = MAX_RAW_SIZE.get(name, raw_size)
             if raw_size > limit:
                 raise IndexFormatError(f"section {name}: at most {limit} bytes, got {raw_size}")
@@ -136,7 +137,7 @@ def _write(
                 if not content or raw_size > _most_raw(len(stored)):
                     stored, compression = content, "none"  # a reader would refuse it
             file.write(stored)
-            stored_size = len(stored)
+            stored_size, digest = len(stored), hashlib.sha256(stored).digest()
         else:
             if compression != "none":
                 raise ValueError("a source is stored as it is")
@@ -145,11 +146,9 @@ def _write(
                 hasher.update(chunk)
                 file.write(chunk)
                 raw_size += len(chunk)
-            stored_size, raw_digest = raw_size, hasher.digest()
+            stored_size, digest = raw_size, hasher.digest()
         rows.append(
-            _ROW.pack(
-                name.encode(), position, stored_size, raw_size, _CODES[compression], raw_digest
-            )
+            _ROW.pack(name.encode(), position, stored_size, raw_size, _CODES[compression], digest)
         )
         position += stored_size
     table = b"".join(rows)
@@ -241,10 +240,9 @@ class ClipFile:
         if entry.raw_size > limit:
             raise self._bad(f"section {name}: at most {limit} bytes, got {entry.raw_size}")
         stored = self.pread(entry.offset, entry.stored_size)
-        raw = stored if entry.compression == "none" else self._decompressed(entry, stored)
-        if hashlib.sha256(raw).digest() != entry.sha256:
+        if hashlib.sha256(stored).digest() != entry.sha256:
             raise self._bad(f"section {name}: content does not match its sha256")
-        return raw
+        return stored if entry.compression == "none" else self._decompressed(entry, stored)
 
     def head(self, name: str, size: int) -> bytes:
         """The first `size` bytes of a section, or all, NOT verified. Raises IndexFormatError."""
@@ -261,11 +259,8 @@ class ClipFile:
             raise self._bad(f"section {name}: not zstd: {exc}") from exc
 
     def verify(self, name: str) -> None:
-        """Checks an uncompressed section of any size without holding it in memory."""
+        """Checks a section of any size against its sha256 without holding it in memory."""
         entry = self.entry(name)
-        if entry.compression != "none":
-            self.section(name)
-            return
         hasher = hashlib.sha256()
         for start in range(0, entry.stored_size, _COPY):
             size = min(_COPY, entry.stored_size - start)

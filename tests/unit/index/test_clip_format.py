@@ -194,7 +194,7 @@ def test_what_compresses_too_well_is_stored_as_it_is(tmp_path: Path) -> None:
 
 def test_a_bomb_is_refused_before_it_is_unpacked(tmp_path: Path) -> None:
     bomb = zstandard.compress(bytes(64 << 20))
-    digest = hashlib.sha256(bytes(64 << 20)).digest()
+    digest = hashlib.sha256(bomb).digest()
     rows = [(b"tree", HEADER.size + ROW.size, len(bomb), 64 << 20, 1, digest)]
     with pytest.raises(IndexFormatError, match="contradict"):
         ClipFile.open(forge(tmp_path / "f", rows, bomb))
@@ -203,7 +203,7 @@ def test_a_bomb_is_refused_before_it_is_unpacked(tmp_path: Path) -> None:
 @pytest.mark.parametrize("rest", [b"x", bytes(8), zstandard.compress(b"more")])
 def test_bytes_after_a_sections_frame_are_refused(tmp_path: Path, rest: bytes) -> None:
     stored = zstandard.compress(IMAGE) + rest
-    digest = hashlib.sha256(IMAGE).digest()
+    digest = hashlib.sha256(stored).digest()
     rows = [(b"image", HEADER.size + ROW.size, len(stored), len(IMAGE), 1, digest)]
     with (
         ClipFile.open(forge(tmp_path / "f", rows, stored)) as clip,
@@ -216,7 +216,7 @@ def test_bytes_after_a_sections_frame_are_refused(tmp_path: Path, rest: bytes) -
 def test_a_section_that_unpacks_to_another_size_is_refused(tmp_path: Path, declared: int) -> None:
     bomb = zstandard.compress(bytes(64 << 20))
     start = HEADER.size + ROW.size
-    digest = hashlib.sha256(bytes(declared)).digest()
+    digest = hashlib.sha256(bomb).digest()
     path = forge(tmp_path / "f", [(b"tree", start, len(bomb), declared, 1, digest)], bomb)
     with ClipFile.open(path) as clip, pytest.raises(IndexFormatError):
         clip.section("tree")

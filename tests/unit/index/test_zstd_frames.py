@@ -87,14 +87,20 @@ def test_a_truncated_stream_is_refused(cut: int) -> None:
             scan(part)
 
 
-def test_a_damaged_stream_is_refused() -> None:
+def test_a_damaged_stream_is_refused_or_harmless() -> None:
     blob = zstd(DATA, checksum=True)
     rng = random.Random(5)
-    for place in rng.sample(range(len(blob)), 30):
+    refused = 0
+    for place in rng.sample(range(len(blob)), 40):
         damaged = bytearray(blob)
         damaged[place] ^= 0x55
-        with pytest.raises(LayerError):
-            scan(bytes(damaged))
+        try:
+            made = scan(bytes(damaged))
+        except LayerError:
+            refused += 1
+        else:
+            assert b"".join(part for _, part in made) == DATA
+    assert refused > 30
 
 
 def test_what_follows_the_last_frame_must_be_a_frame() -> None:
