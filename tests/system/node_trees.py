@@ -6,12 +6,14 @@ own, so that a read that hangs cannot hang the test.
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import io
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import tarfile
@@ -140,6 +142,19 @@ def daemon_ids(node: Node) -> dict[str, Any]:
     """What keeper.json says."""
     document: dict[str, Any] = json.loads((node.run_dir / "keeper.json").read_text())
     return document
+
+
+def kill_everything(node: Node) -> None:
+    """SIGKILL to all of the daemon's processes, until none has started another one meanwhile."""
+
+    def none_left() -> bool:
+        pids = node.processes()
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        return not pids
+
+    wait_for("every process is gone", none_left)
 
 
 class Reader:

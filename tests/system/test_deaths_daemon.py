@@ -104,9 +104,7 @@ def test_when_all_die_the_next_daemon_repairs_and_says_what_it_cannot(
     node.start()
     clip = node_trees.index(node, image[0])
     tree = node_trees.mount(node, clip, "c1")["tree"]
-    for pid in node.processes():
-        os.kill(pid, signal.SIGKILL)
-    wait_for("every process is gone", lambda: not node.processes())
+    node_trees.kill_everything(node)
     node.start()
     assert "dead layers mount" in node.log_tail(200)
     answer = node_trees.mount(node, clip, "c2")
@@ -144,9 +142,7 @@ def test_a_complete_image_outlives_its_registry_and_every_process(
     with node_trees.Reader(node, tree, sums) as reader:
         reader.wait_rounds(1)
     if mode == "erofs":  # the kernel reads the store's files itself
-        for pid in node.processes():
-            os.kill(pid, signal.SIGKILL)
-        wait_for("every process is gone", lambda: not node.processes())
+        node_trees.kill_everything(node)
         layers_mount = f"{node.run_dir}/layers"
         subprocess.run(["umount", "--lazy", layers_mount], check=True)
         with node_trees.Reader(node, tree, sums) as reader:

@@ -246,6 +246,7 @@ def test_collection_removes_what_a_crashed_create_left(node: Node) -> None:
 
 def test_collection_leaves_what_a_runtime_still_knows(node: Node, tmp_path: Path) -> None:
     node.start()
+    node.call("gc", dry_run=False)  # returns when the collection at the start is over
     root = tmp_path / "runc"
     (root / "alive").mkdir(parents=True)
     directory = node.run_dir / "alive-12345678"
