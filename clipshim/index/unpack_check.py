@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 PIECE = 1 << 20
 MAX_DIFFERENCES = 1000
 _GZIP_MAGIC, _ZSTD_MAGIC = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+_ZSTD_STEP = 4096  # a block of zstd gives 128 KiB at most, and takes 4 bytes at least
 _RAW_LAYER = "application/vnd.oci.image.layer.v1.tar"
 
 Reader = Callable[[int, int], bytes]  # (offset, size) of one file's contents
@@ -96,14 +97,15 @@ def check_against_unpack(
         open_index(index_path) as index,
         ExitStack() as stack,
     ):
+        diff_ids = _diff_ids(source.config_raw, len(source.layers))
+        if [layer.diff_id for layer in index.layers] != diff_ids:
+            return ["the index is of an image with other layers"]
         files = []
-        for number, diff_id in enumerate(_diff_ids(source.config_raw, len(source.layers))):
+        for number, layer in enumerate(index.layers):
             path = os.path.join(directory, f"layer.{number}")
             with source.open_layer(number) as blob:
-                _decompress(blob, path, diff_id)
+                _decompress(blob, path, layer.diff_id, layer.size)
             files.append(path)
-        if [layer.diff_id for layer in index.layers] != [_digest(path) for path in files]:
-            return ["the index is of an image with other layers"]
         started_ns = os.stat(directory).st_ctime_ns
         unpacked = unpack_with_umoci(files, os.path.join(directory, "unpacked"))
         image = ErofsImage(index.tree())
@@ -322,11 +324,18 @@ def _walk(top: bytes) -> Iterator[bytes]:
             pending += [os.path.join(path, name) if path else name for name in names]
 
 
-def _decompress(blob: IO[bytes], path: str, diff_id: str) -> None:
-    """Writes a blob's tar stream to a file; DigestError unless it is the layer of that diff ID."""
+def _decompress(blob: IO[bytes], path: str, diff_id: str, size: int) -> None:
+    """Writes a blob's tar stream to a file; DigestError unless it is the layer of that diff ID.
+
+    Stops behind `size` bytes, what the index says of the layer.
+    """
     found = hashlib.sha256()
+    left = size
     with open(path, "wb") as file:
         for data in _decoded(blob):
+            left -= len(data)
+            if left < 0:
+                raise LayerError(f"layer {diff_id}: more than the {size} bytes of the index")
             found.update(data)
             file.write(data)
     if f"sha256:{found.hexdigest()}" != diff_id:
@@ -335,17 +344,26 @@ def _decompress(blob: IO[bytes], path: str, diff_id: str) -> None:
 
 def _decoded(blob: IO[bytes]) -> Iterator[bytes]:
     data = blob.read(PIECE)
-    if data.startswith(_ZSTD_MAGIC):
-        decoder = zstandard.ZstdDecompressor().decompressobj(read_across_frames=True)
-        while data:
-            yield decoder.decompress(data)
-            data = blob.read(PIECE)
-    elif data.startswith(_GZIP_MAGIC):
+    if data.startswith(_GZIP_MAGIC):
         yield from _gunzipped(blob, data)
+    elif data.startswith(_ZSTD_MAGIC):
+        yield from _unpacked_zstd(blob, data)
     else:
         while data:
             yield data
             data = blob.read(PIECE)
+
+
+def _unpacked_zstd(blob: IO[bytes], data: bytes) -> Iterator[bytes]:
+    """Every frame. The output of a piece is bounded: the pieces that go in are small."""
+    decoder = zstandard.ZstdDecompressor().decompressobj(read_across_frames=True)
+    try:
+        while data:
+            for at in range(0, len(data), _ZSTD_STEP):
+                yield decoder.decompress(data[at : at + _ZSTD_STEP])
+            data = blob.read(PIECE)
+    except zstandard.ZstdError as exc:
+        raise LayerError(f"layer: damaged zstd stream: {exc}") from exc
 
 
 def _gunzipped(blob: IO[bytes], data: bytes) -> Iterator[bytes]:
@@ -353,8 +371,8 @@ def _gunzipped(blob: IO[bytes], data: bytes) -> Iterator[bytes]:
     decoder = zlib.decompressobj(31)
     try:
         while True:
-            yield decoder.decompress(data)
-            data = decoder.unused_data if decoder.eof else b""
+            yield decoder.decompress(data, PIECE)
+            data = decoder.unused_data if decoder.eof else decoder.unconsumed_tail
             while len(data) < 2 and (more := blob.read(PIECE)):
                 data += more
             if decoder.eof:

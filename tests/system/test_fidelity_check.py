@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 import zstandard
 
-from clipshim.errors import DigestError
+from clipshim.errors import ClipError, DigestError, LayerError
 from clipshim.index.builder import BuildOptions, build_index
 from clipshim.index.unpack_check import check_against_unpack
 from clipshim.registry.access import RegistryAccess
@@ -92,6 +92,24 @@ def test_an_index_of_another_image_does_not(tmp_path: Path) -> None:
 
 def test_a_layer_that_is_not_what_the_image_says_is_an_error(tmp_path: Path) -> None:
     build_index(image(tmp_path / "one", LAYERS), tmp_path / "a.clip", BuildOptions(), None)
-    lying = image(tmp_path / "two", LAYERS, ["sha256:" + "0" * 64] * 3)
-    with pytest.raises(DigestError, match="expected diff ID sha256:0000"):
-        check_against_unpack(tmp_path / "a.clip", lying, work_dir=tmp_path)
+    diff_ids = [f"sha256:{hashlib.sha256(data).hexdigest()}" for data in LAYERS]
+    changed = [LAYERS[0][:-1] + b"x", *LAYERS[1:]]
+    with pytest.raises(DigestError, match="expected diff ID sha256:"):
+        check_against_unpack(
+            tmp_path / "a.clip", image(tmp_path / "two", changed, diff_ids), work_dir=tmp_path
+        )
+    bomb = [LAYERS[0] + bytes(50_000_000), *LAYERS[1:]]
+    with pytest.raises(LayerError, match="more than the"):
+        check_against_unpack(
+            tmp_path / "a.clip", image(tmp_path / "three", bomb, diff_ids), work_dir=tmp_path
+        )
+
+
+def test_without_umoci_the_error_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = image(tmp_path / "image", LAYERS)
+    build_index(source, tmp_path / "a.clip", BuildOptions(), None)
+    monkeypatch.setenv("PATH", "/nonexistent")
+    with pytest.raises(ClipError, match="install the package umoci"):
+        check_against_unpack(tmp_path / "a.clip", source, work_dir=tmp_path)
