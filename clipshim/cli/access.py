@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
+from clipshim.cli.terminal import print_note
 from clipshim.errors import UsageError
 from clipshim.registry.access import RegistryAccess
-from clipshim.registry.references import Reference, parse_image
+from clipshim.registry.references import Reference, is_loopback, parse_image
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -45,6 +46,8 @@ def registry_access(
     if ca_file is not None and not ca_file.is_file():
         raise UsageError(f"--ca-file {ca_file}: no such file")
     named = parse_image(image)
+    if plain_http and isinstance(named, Reference):
+        _note_plain_http(settings, named.registry)
     plain = frozenset({named.registry}) if plain_http and isinstance(named, Reference) else None
     return RegistryAccess.from_settings(
         settings,
@@ -57,3 +60,11 @@ def registry_access(
         insecure=insecure,
         ca_file=str(ca_file) if ca_file else None,
     )
+
+
+def _note_plain_http(settings: Settings, registry: str) -> None:
+    """The option is for this command; containers fetch through the daemon, which has its own."""
+    if registry not in settings.plain_http and not is_loopback(registry):
+        print_note(
+            f"note: add {registry} to plain_http in {settings.path}, or containers cannot fetch"
+        )

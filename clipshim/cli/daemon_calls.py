@@ -15,10 +15,17 @@ if TYPE_CHECKING:
 
 
 def is_running(settings: Settings) -> bool:
-    """Whether a daemon listens; a socket file that nobody serves is none."""
+    """Whether a daemon listens; a socket file that nobody serves is none.
+
+    Raises DaemonError when the caller may not know.
+    """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as probe:
         try:
             probe.connect(settings.daemon_socket)
+        except PermissionError as exc:
+            raise DaemonError(
+                f"node daemon: {settings.daemon_socket}: {exc.strerror}", hint="run it as root"
+            ) from exc
         except OSError:
             return False
     return True

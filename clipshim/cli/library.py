@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,9 @@ from clipshim.settings import load_settings
 if TYPE_CHECKING:
     from clipshim.index.builder import Progress
     from clipshim.registry.access import RegistryAccess
+
+BUSY_PATIENCE_S = 2.0
+BUSY_PAUSE_S = 0.01
 
 
 def index_image(
@@ -88,6 +93,8 @@ def mount_index(
     target = Path(os.path.realpath(directory))
     if not target.is_dir():
         raise UsageError(f"{directory}: expected an existing directory")
+    if _is_mount_point(str(target)):
+        raise UsageError(f"{target}: something is mounted there already")
     key = _hold_key(target)
     path = path_of(settings, os.fspath(index))
     with open(path, "rb") as file:
@@ -108,14 +115,9 @@ def mount_index(
 def umount_index(directory: str | os.PathLike[str]) -> None:
     """Takes a tree away that mount_index has mounted. Raises MountError."""
     target = os.path.realpath(directory)
-    points = [entry.mount_point for entry in mountinfo.read_mounts()]
-    if target not in points:
+    if not _is_mount_point(target):
         raise MountError(f"{target}: nothing is mounted there")
-    try:
-        syscalls.umount2(target, syscalls.UMOUNT_NOFOLLOW)
-    except OSError as exc:
-        hint = "a program is using it: see `fuser -vm DIR`" if exc.errno == 16 else None
-        raise MountError(f"{target}: {exc}", hint=hint) from exc
+    _unmount(target)
     release(load_settings(), _hold_key(Path(target)))
 
 
@@ -165,7 +167,7 @@ class OverlayMounter:
                     f"overlay at {self._directory}: {exc}",
                     hint="state must lie on ext4, xfs or btrfs",
                 ) from exc
-            undo.callback(_unmount_overlay, str(self._directory))
+            undo.callback(_unmount, str(self._directory))
             self._undo = undo.pop_all()
         return self._directory
 
@@ -180,17 +182,30 @@ class OverlayMounter:
         self.umount()
 
 
-def _unmount_overlay(directory: str) -> None:
-    try:
-        syscalls.umount2(directory, syscalls.UMOUNT_NOFOLLOW)
-    except OSError as exc:
-        raise MountError(f"{directory}: {exc}") from exc
+def _unmount(target: str) -> None:
+    deadline = time.monotonic() + BUSY_PATIENCE_S
+    while True:
+        try:
+            syscalls.umount2(target, syscalls.UMOUNT_NOFOLLOW)
+        except OSError as exc:
+            # The daemon closes its own descriptors of a mount only after it has answered.
+            if exc.errno == errno.EBUSY and time.monotonic() < deadline:
+                time.sleep(BUSY_PAUSE_S)
+                continue
+            busy = exc.errno == errno.EBUSY
+            hint = "a program is using it: see `fuser -vm DIR`" if busy else None
+            raise MountError(f"{target}: {exc}", hint=hint) from exc
+        return
 
 
 def _escaped(path: Path) -> str:
     """A path inside overlayfs's option string (kernel overlayfs.rst)."""
     text = str(path).replace("\\", "\\\\")
     return text.replace(",", "\\,").replace(":", "\\:")
+
+
+def _is_mount_point(path: str) -> bool:
+    return any(entry.mount_point == path for entry in mountinfo.read_mounts())
 
 
 def _hold_key(directory: Path) -> str:

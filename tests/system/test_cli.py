@@ -116,6 +116,25 @@ def test_a_tree_is_mounted_by_hand_and_taken_away(
     assert "nothing is mounted" in failure(node, "umount", target)
 
 
+def test_nothing_is_mounted_over_another_mount(node: Node, debian_clip: Path) -> None:
+    target = node.directory / "tree"
+    target.mkdir()
+    node.clipshim("mount", debian_clip, target, "-q")
+    assert "already" in failure(node, "mount", debian_clip, target, code=2)
+    node.clipshim("umount", target)
+    assert os.listdir(target) == []
+
+
+def test_a_tree_in_use_stays_mounted(node: Node, debian_clip: Path) -> None:
+    target = node.directory / "tree"
+    target.mkdir()
+    node.clipshim("mount", debian_clip, target, "-q")
+    with open(target / "etc/passwd"):
+        assert "fuser" in failure(node, "umount", target)
+    assert (target / "proc").is_dir()
+    node.clipshim("umount", target)
+
+
 def test_wrong_mounts_say_why_and_leave_nothing(node: Node, debian_clip: Path) -> None:
     assert "existing directory" in failure(
         node, "mount", debian_clip, node.directory / "no", code=2
@@ -238,6 +257,22 @@ def test_a_stub_archive_holds_index_and_accounts(node: Node, debian_clip: Path, 
         assert index.read() == debian_clip.read_bytes()
 
 
+def test_a_stub_is_loaded_into_podman(node: Node, debian_clip: Path) -> None:
+    storage = node.directory / "storage.conf"
+    storage.write_text(
+        f'[storage]\ndriver = "vfs"\nrunroot = "{node.directory}/podman-run"\n'
+        f'graphroot = "{node.directory}/podman-root"\n'
+    )
+    env = {**node.env, "CONTAINERS_STORAGE_CONF": str(storage)}
+    node.clipshim("stub", debian_clip, "--load", "podman", "--name", "localhost/app:lazy", env=env)
+    listed = subprocess.run(
+        ["podman", "images", "--noheading", "--format", "{{.Repository}}:{{.Tag}}"],
+        env=env, capture_output=True, text=True, check=True, timeout=120,
+        stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert listed.stdout.split() == ["localhost/app:lazy"]
+
+
 def test_a_stub_needs_somewhere_to_go(node: Node, debian_clip: Path) -> None:
     assert "TARGET" in failure(node, "stub", debian_clip, code=2)
 
@@ -264,8 +299,8 @@ def test_the_daemon_is_stopped_when_the_command_returns(node: Node, debian_clip:
     assert done.returncode == 1, "a mounted tree keeps the daemon"
     node.clipshim("umount", target)
     node.clipshim("daemon", "--stop")
-    assert node.processes() == []
     assert node.mounts() == []
+    wait_for("the last process ends", lambda: not node.processes())
     node.clipshim("daemon", "--stop")
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tests.support.images import debian_root
+from tests.support.node import wait_for
 
 if TYPE_CHECKING:
     from tests.support.node import Node
@@ -46,7 +47,7 @@ def test_without_an_image_it_shows_a_lazy_start_and_can_be_repeated(node: Node) 
         assert node.container_mounts() == []
         assert not (node.directory / "prefix/var/cache/clipshim-demo/bundle").exists()
     node.clipshim("daemon", "--stop")
-    assert node.processes() == [], "the registry ends with the script"
+    wait_for("daemon and registry have ended", lambda: not node.processes())
     quickstart(node, "--clean")
     assert not (node.directory / "prefix/var/cache/clipshim-demo").exists()
 
