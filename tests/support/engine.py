@@ -38,6 +38,10 @@ class Target(NamedTuple):
         """Whether the image is a stub."""
         return self.node is not None
 
+    def container_mounts(self) -> list[str]:
+        """clipshim's mounts that belong to containers."""
+        return self.node.container_mounts() if self.node is not None else []
+
 
 def make_target(name: str, directory: Path, node: Node | None) -> Target:
     """For clipshim a script named so, that names the private node whatever the engine passes on."""

@@ -31,7 +31,6 @@ class Podman(Client):
             'cgroup_manager = "cgroupfs"\n'
             'events_logger = "file"\n'
             f'tmp_dir = "{directory}/tmp"\n'
-            f'static_dir = "{directory}/libpod"\n'
             f'volume_path = "{directory}/volumes"\n'
             f'runtime = "{target.name}"\n'
             f'runtime_supports_json = ["{target.name}"]\n'
@@ -42,7 +41,8 @@ class Podman(Client):
             "[storage]\n"
             'driver = "overlay"\n'
             f'graphroot = "{directory}/root"\n'
-            f'runroot = "{directory}/runroot"\n'
+            # podman refuses a run root of more than 50 characters
+            f'runroot = "{directory}/rr"\n'
         )
         (directory / "registries.conf").write_text("unqualified-search-registries = []\n")
         (directory / "policy.json").write_text('{"default": [{"type": "insecureAcceptAnything"}]}')

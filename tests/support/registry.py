@@ -71,14 +71,8 @@ def running_registry(
     *,
     username: str | None = None,
     password: str | None = None,
-    token_realm: str | None = None,
-    token_root_cert: Path | None = None,
 ) -> Iterator[TestRegistry]:
-    """A registry that keeps its blobs below `directory`; htpasswd log-in if `username` is given.
-
-    `token_realm` with `token_root_cert` makes it want Bearer tokens from there (service "test",
-    issuer "test").
-    """
+    """A registry that keeps its blobs below `directory`; htpasswd log-in if `username` is given."""
     base = Path(directory)
     base.mkdir(parents=True, exist_ok=True)
     auth = ""
@@ -86,11 +80,6 @@ def running_registry(
         assert password is not None
         (base / "htpasswd").write_text(f"{username}:{_bcrypt(password)}\n")
         auth = f"auth:\n  htpasswd:\n    realm: test\n    path: {base / 'htpasswd'}\n"
-    elif token_realm is not None:
-        auth = (
-            f"auth:\n  token:\n    realm: {token_realm}\n    service: test\n    issuer: test\n"
-            f"    rootcertbundle: {token_root_cert}\n"
-        )
     for attempt in range(START_ATTEMPTS):
         port = free_port()
         config = base / "registry.yml"

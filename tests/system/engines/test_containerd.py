@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -38,8 +39,7 @@ def containerd(run_root: Path, target: Target, archives: list[Path]) -> Iterator
         for archive in [*archives, pause]:
             engine("images", "import", archive)
         yield engine
-        if target.node is not None:
-            wait_for("no container mount is left", lambda: not target.node.container_mounts())
+        wait_for("no container mount is left", lambda: not target.container_mounts())
     finally:
         engine.close()
 
@@ -72,7 +72,7 @@ def test_an_ordinary_image_runs_as_ever(containerd: Containerd) -> None:
 def test_a_pod_as_a_kubelet_runs_it(containerd: Containerd) -> None:
     with Cri(containerd.socket) as cri:
         for image in (IMAGE, PAUSE):
-            wait_for(f"{image} is known", lambda image=image: cri.knows_image(image))
+            wait_for(f"{image} is known", functools.partial(cri.knows_image, image))
         sandbox, config = cri.run_sandbox("pod", containerd.target.name, cgroup_parent())
         try:
             container = cri.create(sandbox, config, "app", IMAGE, ["sleep", "100000"])
@@ -100,7 +100,7 @@ def test_a_container_that_names_the_full_image_in_an_annotation(
     node.clipshim("index", debian_reference)
     with Cri(containerd.socket) as cri:
         for image in (ORDINARY, PAUSE):
-            wait_for(f"{image} is known", lambda image=image: cri.knows_image(image))
+            wait_for(f"{image} is known", functools.partial(cri.knows_image, image))
         sandbox, config = cri.run_sandbox("annotated", containerd.target.name, cgroup_parent())
         try:
             annotations = {"io.clipshim.image": debian_reference}

@@ -34,8 +34,7 @@ def docker(run_root: Path, target: Target, archives: list[Path]) -> Iterator[Doc
         for archive in archives:
             engine("load", "-q", "-i", archive)
         yield engine
-        if target.node is not None:
-            wait_for("no container mount is left", lambda: not target.node.container_mounts())
+        wait_for("no container mount is left", lambda: not target.container_mounts())
     finally:
         engine.close()
 
@@ -97,10 +96,18 @@ def test_copy_in_and_out(docker: Docker, sleeper: str, tmp_path: Path) -> None:
     assert (tmp_path / "out").read_text() == "one file, two names\n"
 
 
-def test_diff_names_only_what_changed(docker: Docker, sleeper: str) -> None:
+def test_diff_names_what_changed(docker: Docker, sleeper: str) -> None:
     docker("exec", sleeper, "sh", "-c", "echo x > /app/new; rm /app/hello.py; echo y >> /etc/issue")
+    if docker.target.lazy:
+        # dockerd compares what it sees with its own layers: while a container of a stub runs it
+        # sees the tree as added, afterwards only what was written.
+        assert "A /app/new" in docker("diff", sleeper).splitlines()
+        docker("kill", sleeper)
+        expected = {"A /app/new", "A /etc/issue"}
+    else:
+        expected = {"A /app/new", "D /app/hello.py", "C /etc/issue"}
     changes = set(docker("diff", sleeper).splitlines())
-    assert {"A /app/new", "D /app/hello.py", "C /etc/issue"} <= changes
+    assert expected <= changes
     assert not [line for line in changes if "/usr" in line]
 
 
@@ -153,9 +160,8 @@ def test_stop_start_restart_and_kill(docker: Docker, sleeper: str) -> None:
     docker("start", sleeper)
     assert docker("exec", sleeper, "cat", "/app/kept", "/etc/issue").startswith("kept\n")
     docker("kill", sleeper)
-    wait_for(
-        "it is dead", lambda: docker("inspect", "-f", "{{.State.Running}}", sleeper) == "false"
-    )
+    running = ["inspect", "-f", "{{.State.Running}}", sleeper]
+    wait_for("it is dead", lambda: docker(*running) == "false")
 
 
 def test_init(docker: Docker) -> None:
@@ -176,9 +182,9 @@ def test_read_only(docker: Docker) -> None:
 
 def test_volumes_and_bind_mounts_into_the_tree(docker: Docker, tmp_path: Path) -> None:
     (tmp_path / "f").write_text("bound\n")
-    out = run(docker, "-v", f"{tmp_path}:/usr/share/bound", "-v", "/app/data", IMAGE, "sh", "-c",
-              "cat /usr/share/bound/f /app/data/linked-a; echo z > /usr/share/bound/z")  # fmt: skip
-    assert out == "bound\none file, two names"
+    options = ["-v", f"{tmp_path}:/usr/share/bound", "-v", "/app/data", "-v", "/usr/share/new"]
+    script = "cat /usr/share/bound/f; echo z | tee /usr/share/bound/z /app/data/z /usr/share/new/z"
+    assert run(docker, *options, IMAGE, "sh", "-c", script) == "bound\nz"
     assert (tmp_path / "z").read_text() == "z\n"
 
 
@@ -258,13 +264,8 @@ def test_compose_names_the_runtime(docker: Docker, tmp_path: Path) -> None:
         f"    image: {IMAGE}\n    runtime: {docker.target.name}\n    network_mode: none\n"
         "    command: ['python3', '/app/hello.py']\n"
     )
-    compose = [
-        "/usr/bin/docker-compose",
-        "-p",
-        "clipshimtest",
-        "-f",
-        tmp_path / "docker-compose.yml",
-    ]
+    compose = ["/usr/bin/docker-compose", "-p", "clipshimtest"]
+    compose += ["-f", str(tmp_path / "docker-compose.yml")]
     try:
         done = subprocess.run(
             [*compose, "up", "--no-color"], env=docker.env, capture_output=True, text=True,
