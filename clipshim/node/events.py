@@ -28,9 +28,9 @@ class Events:
 
     def container_failed(self, cause: str) -> None:
         """A container could not be started; `cause` is an error's class name."""
+        if cause == DELETED_DIRECTORY:
+            self.deleted_directory += 1
         known = cause if cause.isidentifier() and len(cause) <= 64 else "other"
         if known not in self.failures and len(self.failures) >= 64:
             known = "other"  # the label comes from outside: bounded
         self.failures[known] += 1
-        if known == DELETED_DIRECTORY:
-            self.deleted_directory += 1

@@ -95,6 +95,10 @@ class RpcServer:
                     continue
                 nursery.start_soon(self._connection, sock)
 
+    def close(self) -> None:
+        """Closes this process's copy of the listening socket."""
+        self._listener.close()
+
     async def _connection(self, sock: trio.socket.SocketType) -> None:
         with sock:
             try:
