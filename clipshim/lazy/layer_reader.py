@@ -360,9 +360,6 @@ class LayerReader:
             breaker.failed(attempt.cause.message)
         statistics.requests += attempt.requests
         statistics.fetched_bytes += attempt.fetched_bytes
-        statistics.fetched_spans += attempt.landed
-        statistics.uncached_spans += attempt.uncached_spans
-        statistics.ahead_spans += attempt.landed if ticket.priority != DEMAND else 0
         statistics.fetch_s.observe(time.perf_counter() - began)
         if attempt.cause is not None:
             statistics.fetch_failures += 1
@@ -379,11 +376,21 @@ class LayerReader:
         return attempt
 
     def _land(
-        self, span: int, data: bytes | None, stored: bool, flights: dict[int, Flight]
+        self,
+        span: int,
+        data: bytes | None,
+        stored: bool,
+        flights: dict[int, Flight],
+        fetched: bool = True,
     ) -> None:
         if span not in flights:
             return
-        flights[span].ticket.progress = trio.current_time()
+        ticket = flights[span].ticket
+        ticket.progress = trio.current_time()
+        if fetched:
+            self.statistics.fetched_spans += 1
+            self.statistics.ahead_spans += ticket.priority != DEMAND
+            self.statistics.uncached_spans += not stored
         if not stored and data is not None:
             self._fetching.recent.put(self.key, span, data)
         elif stored:
@@ -396,6 +403,6 @@ class LayerReader:
                 self.stored.verify_suspect, span, limiter=self._fetching.disk_limiter
             )
             if good:
-                self._land(span, None, True, flights)
+                self._land(span, None, True, flights, False)
             else:
                 log.warning("layer %s: span %d was torn by a host reset", self.key, span)

@@ -261,15 +261,18 @@ class LayerStore:
             )
 
     def close(self) -> None:
-        """Syncs and closes all files."""
-        self.sync()
+        """Syncs and closes everything; what is read or put later finds nothing."""
+        with self._lock:
+            layers = list(self._open.values())
+        for layer in layers:
+            layer.close()
         self.files.close()
 
     def _path(self, key: str) -> str:
         return f"{self.directory}/{key}"
 
     def _make_idle(self, stored: StoredLayer) -> None:
-        stored.sync()
+        stored.close()
         for name in ("data", "spans"):
             self.files.forget(f"{stored.directory}/{name}")
         with self._lock:

@@ -36,8 +36,6 @@ class Attempt:
     cause: ClipError | None = None
     requests: int = 0
     fetched_bytes: int = 0
-    uncached_spans: int = 0
-    landed: int = 0
 
 
 def memory_needed(table: SpanTable, run: list[Part]) -> int:
@@ -129,23 +127,20 @@ def _decode_part(
                     f" {table[span].digest.hex()}, got {digest.hex()} from {source.name}"
                 )
             pending.discard(span)
-            attempt.landed += 1
-            land(span, data, _store(stored, span, data, attempt))
+            land(span, data, _store(stored, span, data))
     except (DigestError, SpanDecodeError) as exc:
         # what follows in the same range comes from the same bad bytes
         attempt.bad.update(dict.fromkeys(pending, exc))
 
 
-def _store(stored: StoredLayer, span: int, data: bytes, attempt: Attempt) -> bool:
+def _store(stored: StoredLayer, span: int, data: bytes) -> bool:
     if stored.has(span):
         return True
     try:
         stored.put(span, data)
     except StoreFullError:
-        attempt.uncached_spans += 1
         return False
     except (ClipError, OSError) as exc:
         log.error("layer %s: span %d cannot be stored: %s", stored.key, span, exc)
-        attempt.uncached_spans += 1
         return False
     return True

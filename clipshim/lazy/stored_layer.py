@@ -129,6 +129,8 @@ class StoredLayer:
         self._changes = 0
         self._clean = False
         self._files_exist = False
+        self._epoch = 0  # of the files: a write that began before a reset must not be marked
+        self._closed = False
         self._nowait = hasattr(os, "RWF_NOWAIT")
         self._lock = threading.Lock()
         self._load()
@@ -293,8 +295,9 @@ class StoredLayer:
                 reserved = True
             try:
                 self._make_files()
+                epoch = self._epoch
                 with self._room.files.using(self.data_path) as fd:
-                    writer = SpanWriter(self, span, fd, self._starts[span], size)
+                    writer = SpanWriter(self, span, fd, self._starts[span], size, epoch)
                     yield writer
             except OSError as exc:
                 if exc.errno in FULL:
@@ -309,8 +312,10 @@ class StoredLayer:
             with self._lock:
                 self._writing.discard(span)
 
-    def _commit(self, span: int) -> None:
+    def _commit(self, span: int, epoch: int) -> None:
         with self._lock:
+            if self._closed or epoch != self._epoch:
+                raise StoreFullError(f"layer {self.key}: closed or reset while it was written")
             self._changes += 1
             self._unclean()
             if not self._bits[span >> 3] >> (span & 7) & 1:
@@ -325,7 +330,7 @@ class StoredLayer:
         freed = 0
         victims = []
         with self._lock:
-            if self.pins:
+            if self.pins or self._closed:
                 return 0
             self._unclean()
             self._incomplete()
@@ -389,6 +394,18 @@ class StoredLayer:
                     self._write_boot(clean=True, durable=True)
                     self._clean = True
 
+    def close(self) -> None:
+        """Syncs; from now on nothing is present here and nothing can be put.
+
+        Another object may own the files next, and a straggling thread must not spoil them.
+        """
+        self.sync()
+        with self._lock:
+            self._closed = True
+            self._generation += 1
+            self._bits[:] = bytes(len(self._bits))
+            self._suspects.clear()
+
     def reset(self, cause: str) -> None:
         """Throws everything away: what is there cannot be right."""
         self._reset(cause)
@@ -448,6 +465,8 @@ class StoredLayer:
         if self._files_exist:
             return
         with self._lock:
+            if self._closed:
+                raise StoreFullError(f"layer {self.key}: closed")
             if self._files_exist:
                 return
             with contextlib.suppress(FileExistsError):
@@ -467,9 +486,11 @@ class StoredLayer:
             self._clean = False
 
     def _reset(self, cause: str) -> None:
-        log.error("layer %s: store: %s: the layer is fetched again", self.key, cause)
-        self._room.count("resets")
         with self._lock:
+            if self._closed:
+                return
+            log.error("layer %s: store: %s: the layer is fetched again", self.key, cause)
+            self._room.count("resets")
             self._generation += 1
             self._changes += 1
             self._bits[:] = bytes(len(self._bits))
@@ -481,6 +502,7 @@ class StoredLayer:
 
     def _remove_files(self) -> None:
         self._files_exist = False
+        self._epoch += 1
         self._clean = False
         for name in FILES:
             self._room.files.forget(f"{self.directory}/{name}")
@@ -553,14 +575,17 @@ class StoredLayer:
 class SpanWriter:
     """Writes one span from its start, in pieces."""
 
-    __slots__ = ("_end", "_fd", "_layer", "_position", "_span", "committed")
+    __slots__ = ("_end", "_epoch", "_fd", "_layer", "_position", "_span", "committed")
 
-    def __init__(self, layer: StoredLayer, span: int, fd: int, start: int, size: int) -> None:
+    def __init__(
+        self, layer: StoredLayer, span: int, fd: int, start: int, size: int, epoch: int
+    ) -> None:
         self._layer = layer
         self._span = span
         self._fd = fd
         self._position = start
         self._end = start + size
+        self._epoch = epoch
         self.committed = False
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
@@ -577,7 +602,7 @@ class SpanWriter:
         """Everything is written and was checked: from now on it can be read."""
         if self._position != self._end:
             raise StoreError(f"layer {self._layer.key}: span {self._span}: bytes are missing")
-        self._layer._commit(self._span)
+        self._layer._commit(self._span, self._epoch)
         self.committed = True
 
 

@@ -28,7 +28,7 @@ async def main(
     layer = MadeLayer(size, form=form)
     source = MadeSource(layer)
     log_fd = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    source.before = lambda: _say(log_fd, f"fetch {source.requests[-1][0]}")
+    source.before = lambda start: _say(log_fd, f"fetch {start}")
     settings = Settings({"cache_bytes": 1 << 30})
     store = LayerStore(store_path, limit_bytes=settings.cache_bytes)
     readers: LayerReaders[LayerReader] = LayerReaders()

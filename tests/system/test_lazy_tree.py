@@ -39,7 +39,7 @@ def make_tar(path: Path) -> None:
         info = tarfile.TarInfo(name)
         info.size = len(content)
         info.mode = 0o644
-        info.mtime = 1_700_000_000.123456789  # type: ignore[assignment]  # pax keeps the fraction
+        info.mtime = 1_700_000_000.123456789  # pax keeps the fraction
         for field, value in fields.items():
             setattr(info, field, value)
         tar.addfile(info, io.BytesIO(content))
@@ -86,7 +86,7 @@ class ServedTree:
             check=True,
             stderr=subprocess.DEVNULL,  # unknown header keywords: the attributes
         )
-        walker = TarWalker(0)
+        walker = TarWalker("layer")
         walker.feed(layer.read_bytes())
         image = write_erofs(merge([walker.close()]), [layer.stat().st_size])
         (base / "tree.erofs").write_bytes(image)

@@ -83,7 +83,7 @@ class MadeSource:
         self.service = service
         self.layer = layer
         self.requests: list[tuple[int, int]] = []
-        self.before: Callable[[], None] | None = None  # called in the fetch thread
+        self.before: Callable[[int], None] | None = None  # gets the start, in the fetch thread
         self.error: Exception | None = None
         self.lie = False
         self.gate: threading.Event | None = None
@@ -98,7 +98,7 @@ class MadeSource:
         if self.gate is not None:
             assert self.gate.wait(60)
         if self.before is not None:
-            self.before()
+            self.before(start)
         if self.error is not None:
             raise self.error
         data = bytearray(self.layer.blob[start : start + length])

@@ -291,6 +291,35 @@ def test_a_span_that_was_not_committed_does_not_exist(tmp_path: Path, layer: Mad
     assert not stored.has(4)
 
 
+def test_a_write_that_a_reset_overtook_does_not_count(tmp_path: Path, layer: MadeLayer) -> None:
+    store = open_store(tmp_path)
+    stored = store.open(layer.info, layer.table)
+    put(stored, layer, 1)
+    with stored.writing(4) as writer:
+        writer.write(span_bytes(layer, 4))
+        stored.reset("for the test")
+        put(stored, layer, 2)  # the files exist again
+        with pytest.raises(StoreFullError):
+            writer.commit()
+    assert [span for span in range(SPANS) if stored.has(span)] == [2]
+    assert store.statistics().used_bytes == SPAN
+
+
+def test_a_closed_layer_has_nothing_and_takes_nothing(tmp_path: Path, layer: MadeLayer) -> None:
+    store = open_store(tmp_path)
+    straggler = store.open(layer.info, layer.table)
+    put(straggler, layer, 1)
+    store.release(layer.info.key)
+    stored = store.open(layer.info, layer.table)
+    assert stored is not straggler
+    assert read_span(straggler, layer, 1) is None
+    with pytest.raises(StoreFullError):
+        put(straggler, layer, 2)
+    straggler.reset("for the test")
+    assert read_span(stored, layer, 1) == span_bytes(layer, 1)
+    assert not stored.has(2)
+
+
 def test_reads_during_evictions_are_right_or_missing(tmp_path: Path) -> None:
     layer = MadeLayer(SPANS * SPAN)
     stored = open_store(tmp_path).open(layer.info, layer.table)
