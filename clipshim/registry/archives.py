@@ -159,7 +159,8 @@ class _Layout:
     def manifest(self) -> tuple[bytes, str]:
         raw = self._read_file("index.json", MAX_MANIFEST_BYTES)
         listed = load_json(raw, f"image {self._image}: index.json").get("manifests")
-        entries = [item for item in listed if isinstance(item, dict)] if listed else []
+        listed = listed if isinstance(listed, list) else []
+        entries = [item for item in listed if isinstance(item, dict)]
         if not entries:
             raise NotFoundError(f"image {self._image}: index.json lists no image")
         tag = self._image.tag
@@ -267,7 +268,7 @@ class _DockerArchive:
             raise RegistryError(f"image {self._image}: manifest.json: {exc}") from exc
         if not isinstance(entries, list) or not all(isinstance(item, dict) for item in entries):
             raise RegistryError(f"image {self._image}: manifest.json: expected a list")
-        tags = {tag: item for item in entries for tag in item.get("RepoTags") or ()}
+        tags = {tag: item for item in entries for tag in _tags(item)}
         if self._image.tag is not None:
             wanted = _docker_name(self._image.tag)
             for tag, item in tags.items():
@@ -330,6 +331,11 @@ def _names(entries: list[dict[str, Any]]) -> list[str]:
         if isinstance(item.get("annotations"), dict) and REF_NAME in item["annotations"]
     }
     return sorted(found)
+
+
+def _tags(entry: Mapping[str, Any]) -> list[str]:
+    tags = entry.get("RepoTags")
+    return [tag for tag in tags if isinstance(tag, str)] if isinstance(tags, list) else []
 
 
 def _docker_name(text: str) -> str:

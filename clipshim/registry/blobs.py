@@ -14,7 +14,6 @@ import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
 from clipshim.errors import NotFoundError, RegistryError
 from clipshim.registry.attempts import AttemptFailed, Statistics
@@ -24,6 +23,7 @@ from clipshim.registry.references import (
     check_digest,
     parse_image,
 )
+from clipshim.registry.urls import parse_url
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -174,14 +174,16 @@ class BlobReader:
 
         result = []
         for url in blob.urls:
-            parts = urlsplit(url)
+            parts = parse_url(url)
+            if parts is None:
+                continue
             # The index chose these URLs, and an index is hostile: loopback is not for it to name
             # unless the registry itself is there.
             plain = parts.scheme == "http" and (
                 parts.netloc in self._transport.access.plain_http
                 or self._transport.may_be_plain(blob.reference.server)
             )
-            if parts.hostname and (parts.scheme == "https" or plain):
+            if parts.scheme == "https" or plain:
                 result.append(Endpoint(base=url, host=parts.netloc))
         return tuple(result)
 

@@ -11,10 +11,10 @@ import os
 import tomllib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from clipshim.errors import ConfigError
 from clipshim.registry.references import is_loopback, split_port
+from clipshim.registry.urls import parse_url
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -125,8 +125,8 @@ def _endpoint(url: Any, table: Any, path: str, reference: Reference) -> Endpoint
     if not isinstance(url, str) or not isinstance(table, dict):
         raise ConfigError(f"{where}: expected a URL and a table")
     text = url if "://" in url else f"{'http' if is_loopback(url) else 'https'}://{url}"
-    parts = urlsplit(text)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query:
+    parts = parse_url(text)
+    if parts is None or parts.query:
         raise ConfigError(f"{where}: expected an http or https URL")
     route = parts.path.rstrip("/")
     if not table.get("override_path", False) and not route.endswith("/v2"):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import time
 from typing import IO, TYPE_CHECKING, Any
-from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, urlencode, urlunsplit
 
 import oras.container
 import oras.provider
@@ -21,6 +21,7 @@ from clipshim.errors import RegistryError
 from clipshim.registry.attempts import AttemptFailed
 from clipshim.registry.manifests import digest_of
 from clipshim.registry.replies import read_body
+from clipshim.registry.urls import parse_url
 
 if TYPE_CHECKING:
     import os
@@ -147,13 +148,12 @@ class PushClient(oras.provider.Registry):  # type: ignore[misc]
             data=b"",
             headers={"Content-Length": "0"},
         )
-        session = self._get_location(begun, self._container)
-        if begun.status_code not in (200, 201, 202) or not session:
+        parts = parse_url(self._get_location(begun, self._container) or "")
+        if begun.status_code not in (200, 201, 202) or parts is None:
             raise RegistryError(
                 f"push to {self._reference.name}: {self._target.host}: expected an upload "
                 f"session, got {begun.status_code}"
             )
-        parts = urlsplit(session)
         query = urlencode([*parse_qsl(parts.query), ("digest", layer["digest"])])
         return self.do_request(
             urlunsplit(parts._replace(query=query)),

@@ -13,11 +13,12 @@ import threading
 import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
-from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, urlencode, urlunsplit
 
 from clipshim.registry.attempts import UNAUTHORIZED, AttemptFailed
 from clipshim.registry.credentials import Credentials, find_credentials
 from clipshim.registry.references import is_loopback, split_port
+from clipshim.registry.urls import parse_url
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -144,10 +145,12 @@ class Authorizer:
         request: Callable[[str, str, dict[str, str], bytes | None], tuple[int, bytes]],
     ) -> Grant:
         scope = offer.scope or f"repository:{reference.repository}:{actions}"
-        realm = urlsplit(offer.realm)
-        if realm.scheme not in ("http", "https") or not realm.hostname:
+        realm = parse_url(offer.realm)
+        if realm is None:
             raise AttemptFailed(
-                "protocol", f"expected a URL as token realm, got {offer.realm!r}", retryable=False
+                "protocol",
+                f"expected a URL as token realm, got {offer.realm[:200]!r}",
+                retryable=False,
             )
         if realm.scheme == "http" and found is not None and not self._may_be_plain(realm.netloc):
             raise AttemptFailed(

@@ -16,7 +16,7 @@ import time
 import urllib.request
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
-from urllib.parse import urlencode, urljoin, urlsplit
+from urllib.parse import urlencode, urlsplit
 
 import urllib3
 import urllib3.exceptions
@@ -32,6 +32,7 @@ from clipshim.registry.mirrors import Endpoint, endpoints_for
 from clipshim.registry.references import is_loopback, split_port
 from clipshim.registry.replies import Reply, drain, read_body, refusal, released, transport_failure
 from clipshim.registry.tokens import MAX_TOKEN_BYTES, Authorizer
+from clipshim.registry.urls import join_url, parse_url, same_origin
 from clipshim.registry.watchdog import POOL_CLASSES, bounded
 
 if TYPE_CHECKING:
@@ -310,22 +311,22 @@ class Transport:
                 return reply
             with released(reply):
                 drain(reply)
-            target = urljoin(url, location)
-            self._check_redirect(method, url, target)
-            url = target
+            url = self._redirect_target(method, url, location)
         raise AttemptFailed("redirect", f"more than {MAX_REDIRECTS} redirects", retryable=False)
 
-    def _check_redirect(self, method: str, url: str, target: str) -> None:
-        parts = urlsplit(target)
+    def _redirect_target(self, method: str, url: str, location: str) -> str:
         if method not in ("GET", "HEAD"):
             raise AttemptFailed("redirect", f"{method} was redirected", retryable=False)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise AttemptFailed("redirect", f"redirect to {target[:200]!r}", retryable=False)
+        target = join_url(url, location)
+        parts = parse_url(target or "")
+        if target is None or parts is None:
+            raise AttemptFailed("redirect", f"redirect to {location[:200]!r}", retryable=False)
         plain = parts.scheme == "http" and not self.may_be_plain(parts.netloc)
         if plain and urlsplit(url).scheme == "https":
             raise AttemptFailed(
                 "redirect", f"redirect from TLS to plain http at {parts.netloc}", retryable=False
             )
+        return target
 
     def may_be_plain(self, host: str) -> bool:
         """Whether host[:port] may be spoken to without TLS."""
@@ -429,16 +430,6 @@ class Transport:
             raise RegistryError(f"{what}: the connection to registries was shut down")
 
 
-def same_origin(one: str, other: str) -> bool:
-    """Whether two URLs share scheme, host and port. A path alone is of the other's origin."""
-    first, second = urlsplit(urljoin(other, one)), urlsplit(other)
-    return (first.scheme, first.hostname, _port(first.scheme, first.port)) == (
-        second.scheme,
-        second.hostname,
-        _port(second.scheme, second.port),
-    )
-
-
 def _backoff_s(rounds: int) -> float:
     longest = min(MAX_BACKOFF_S, FIRST_BACKOFF_S * 2.0 ** min(rounds - 1, 16))
     return longest * random.uniform(0.5, 1.0)  # noqa: S311 - jitter, no secret
@@ -452,7 +443,3 @@ def _proxy_for(scheme: str, host: str) -> str | None:
     if not proxy:
         return None
     return proxy if "://" in proxy else f"http://{proxy}"
-
-
-def _port(scheme: str, port: int | None) -> int | None:
-    return port if port is not None else {"http": 80, "https": 443}.get(scheme)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from clipshim.errors import ConfigError, RegistryError
-from clipshim.registry import replies, transport
+from clipshim.registry import replies, transport, urls
 from clipshim.registry.access import RegistryAccess
 from clipshim.registry.references import parse_reference
 from clipshim.registry.sources import fetch_manifest
@@ -180,7 +180,9 @@ def test_a_redirect_from_tls_to_a_plain_server_elsewhere_is_not_followed(
         )
 
 
-@pytest.mark.parametrize("location", ["/v2/moved/again", "ftp://x/y", "file:///etc/passwd"])
+@pytest.mark.parametrize(
+    "location", ["/v2/moved/again", "ftp://x/y", "file:///etc/passwd", "http://["]
+)
 def test_redirects_that_lead_nowhere_end(location: str) -> None:
     with Server() as server:
         server.location = location
@@ -236,10 +238,24 @@ def test_retry_after_is_a_number_or_a_date() -> None:
 
 
 def test_origins() -> None:
-    assert transport.same_origin("http://a/x", "http://a:80/y")
-    assert transport.same_origin("/x", "http://a/y")
-    for other in ("https://a/x", "http://b/x", "http://a:81/x"):
-        assert not transport.same_origin(other, "http://a/y")
+    assert urls.same_origin("http://a/x", "http://a:80/y")
+    for other in ("https://a/x", "http://b/x", "http://a:81/x", "/x", "http://["):
+        assert not urls.same_origin(other, "http://a/y")
+
+
+def test_urls_and_what_is_none() -> None:
+    assert urls.join_url("http://a/b/c", "/d?e=f") == "http://a/d?e=f"
+    assert urls.join_url("http://a/b", "https://c/d") == "https://c/d"
+    for nonsense in (
+        "http://[",
+        "http://a:x/",
+        "http://a:99999/",
+        "ftp://a",
+        "http://a\nb",
+        "http:",
+    ):
+        assert urls.parse_url(nonsense) is None
+    assert urls.join_url("http://a", "http://[") is None
 
 
 def test_access_from_settings() -> None:
