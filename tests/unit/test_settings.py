@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import tomllib
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from clipshim import settings as settings_module
 from clipshim.errors import ConfigError
 from clipshim.settings import CHOICES, DEFAULTS, Settings, load_settings
 
@@ -96,3 +100,27 @@ def test_a_wrong_file_is_an_error_with_file_and_key(
 
     assert str(file) in str(caught.value)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'run_dir = "/a"\nlinger_s = 5 \n# note\n\nindex_on_demand = true\n',
+        'runtimes = ["runc", "/usr/bin/crun"]\r\nplain_http=[]\nindex_dirs = ["/a",]\n',
+        'runtimes = [\n  "runc",\n]\nmode = "fuse" # note\n',
+        'run_dir = "/a\\u0041"\nlinger_s = 1.5\ncache_bytes = 1_000\n',
+        "mode = 'fuse'\n",
+        'runtimes = ["a,b"]\nindex_dirs = ["/x", "/y"]\n',
+        'metrics_address = ""\n',
+    ],
+)
+def test_the_quick_reader_agrees_with_a_toml_parser(text: str) -> None:
+    quick = settings_module._read_flat(text)
+    assert quick is None or quick == tomllib.loads(text)
+
+
+@given(st.text(alphabet="mode=\"[]#, \n\\'0a1", max_size=24))
+def test_the_quick_reader_accepts_nothing_that_is_not_toml(text: str) -> None:
+    quick = settings_module._read_flat(f"mode = {text}")
+    if quick is not None:
+        assert quick == tomllib.loads(f"mode = {text}")
