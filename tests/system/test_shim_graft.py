@@ -1,0 +1,230 @@
+"""Grafts: the tree beneath an overlay that an engine has mounted, and what cannot be grafted.
+
+The overlays are mounted here as the engines mount them; tests/system/engines has the engines.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+from typing import TYPE_CHECKING
+
+import pytest
+
+from clipshim.mounts import mountinfo, overlay, syscalls
+from clipshim.shim import trace
+from tests.support import images
+from tests.support.node import Node
+from tests.support.runtimes import Runtime, write_bundle
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+SCRIPT = (
+    "ls /bin/busybox /top /middle; cat /etc/passwd /etc/group; echo new >/new; echo x >>/etc/group"
+)
+
+
+@pytest.fixture(scope="module")
+def stub_clip(run_root: Path) -> Path:
+    """A self-contained index of the small image."""
+    path = run_root / "graft.clip"
+    with Node(run_root / "graft-indexer") as node:
+        layout = f"oci:{images.tiny_image().layout}:{images.TAG}"
+        node.clipshim("index", layout, path, "--embed", "--quiet")
+    return path
+
+
+@pytest.fixture(scope="module")
+def node(run_root: Path) -> Iterator[Node]:
+    with Node(run_root / "graft") as made:
+        yield made
+
+
+class Engine:
+    """What an engine leaves for the runtime: a storage directory, an overlay, a bundle."""
+
+    def __init__(self, directory: Path, stub_clip: Path) -> None:
+        self.storage = directory / "overlay2"
+        self.merged = self.storage / "id" / "merged"
+        self.upper, self.work = self.storage / "id" / "diff", self.storage / "id" / "work"
+        for path in (self.merged, self.upper, self.work, self.storage / "l"):
+            path.mkdir(parents=True)
+        for name in ("stub", "middle"):
+            (self.storage / name / "diff").mkdir(parents=True)
+            (self.storage / "l" / name.upper()).symlink_to(f"../{name}/diff")
+        stub = self.storage / "stub" / "diff"
+        (stub / ".clip").mkdir()
+        shutil.copy(stub_clip, stub / ".clip/index.clip")
+        (stub / "etc").mkdir()
+        (stub / "etc/passwd").write_text("from the stub\n")
+        (self.storage / "middle/diff/middle").write_text("m")
+        (self.upper / "top").write_text("t")
+        self.bundle = directory / "bundle"
+
+    def mount(self, *options: str) -> None:
+        """Mounts as Docker does: from inside the storage directory, with short names."""
+        words = "lowerdir=l/MIDDLE:l/STUB,upperdir=id/diff,workdir=id/work"
+        command = ["mount", "-t", "overlay", "overlay", "-o", ",".join((words, *options))]
+        subprocess.run([*command, self.merged], cwd=self.storage, check=True)
+
+    def write_bundle(self, script: str = SCRIPT) -> Path:
+        """A bundle for the merged directory."""
+        return write_bundle(self.bundle, ["/bin/sh", "-c", script], rootfs=self.merged)
+
+    def mounts(self) -> list[mountinfo.Mount]:
+        """What is mounted at the merged directory."""
+        return [m for m in mountinfo.read_mounts() if m.mount_point == str(self.merged)]
+
+    def close(self) -> None:
+        """As an engine cleans up."""
+        while self.mounts():
+            subprocess.run(["umount", "-l", self.merged], check=True)
+
+
+@pytest.fixture
+def engine(tmp_path: Path, stub_clip: Path) -> Iterator[Engine]:
+    made = Engine(tmp_path, stub_clip)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def runtime(node: Node, tmp_path: Path, engine: Engine) -> Iterator[Runtime]:
+    with Runtime.clipshim(tmp_path / "root", node) as made:
+        yield made
+    engine.close()
+    assert node.container_mounts() == []
+    assert list(node.run_dir.glob("*/lock")) == []
+
+
+@pytest.mark.parametrize("option", ["index=off", "volatile", "metacopy=on", "redirect_dir=on"])
+def test_a_graft_shows_all_layers_and_writes_into_the_engines_upper(
+    option: str, engine: Engine, runtime: Runtime
+) -> None:
+    engine.mount(option)
+    config = (engine.write_bundle() / "config.json").read_text()
+    log = runtime.root / "log"
+    done = runtime("--log", log, "run", "--keep", "-b", engine.bundle, "box")
+    assert log.read_text() == ""
+    expected = ["/bin/busybox", "/middle", "/top", "from the stub", "root:x:0:", "testers:x:1235:"]
+    assert sorted(done.stdout.splitlines()) == sorted(expected)
+    assert (engine.upper / "new").read_text() == "new\n"
+    assert (engine.upper / "etc/group").read_text().endswith("x\n"), "copied up whole"
+    assert (engine.bundle / "config.json").read_text() == config
+    (mount,) = engine.mounts()
+    assert ("volatile" in " ".join(mount.super_options)) == (option == "volatile")
+    runtime("delete", "box")
+    (mount,) = engine.mounts()
+    subprocess.run(["umount", engine.merged], check=True)
+    assert engine.mounts() == []
+
+
+def test_a_restart_on_the_same_upper_directory(engine: Engine, runtime: Runtime) -> None:
+    for expected in ("1\n", "1\n1\n"):
+        engine.mount("volatile")
+        engine.write_bundle("echo 1 >>/count; cat /count; rm -f /etc/group; ls /etc")
+        done = runtime("run", "-b", engine.bundle, "box")
+        assert done.stdout == expected + "passwd\n"
+        engine.close()
+        shutil.rmtree(engine.work / "work/incompat", ignore_errors=True)
+
+
+def test_many_layers(engine: Engine, runtime: Runtime) -> None:
+    names = []
+    for number in range(90):
+        path = engine.storage / f"layer-with-a-long-name-{number:064}" / "diff"
+        path.mkdir(parents=True)
+        (path / f"file{number}").touch()
+        names.append(str(path))
+    names.append(str(engine.storage / "stub/diff"))
+    overlay.OverlayPlan(
+        str(engine.merged), names, upper=str(engine.upper), work=str(engine.work)
+    ).execute()
+    engine.write_bundle("ls / | grep -c ^file; ls /bin/busybox")
+    assert runtime("run", "-b", engine.bundle, "box").stdout == "90\n/bin/busybox\n"
+
+
+def test_a_failed_create_puts_the_engines_overlay_back(engine: Engine, runtime: Runtime) -> None:
+    engine.mount("volatile")
+    (before,) = engine.mounts()
+    write_bundle(engine.bundle, ["/nowhere"], rootfs=engine.merged)
+    assert runtime.quietly("create", "-b", engine.bundle, "box", check=False).returncode == 1
+    (after,) = engine.mounts()
+    assert not any("clip" in option and "lower" in option for option in after.super_options[3:])
+    assert (after.fstype, after.options) == (before.fstype, before.options)
+    assert sorted(os.listdir(engine.merged)) == [".clip", "etc", "middle", "top"]
+
+
+@pytest.mark.parametrize("step", ["create-unmounted", "create-mounted", "create-config"])
+def test_killed_in_a_graft_the_next_one_cleans(
+    step: str, engine: Engine, runtime: Runtime, node: Node
+) -> None:
+    engine.mount("index=off")
+    engine.write_bundle()
+    runtime.env = {**node.env, trace.TRACE_ENV: step}
+    done = runtime.quietly("create", "-b", engine.bundle, "box", check=False)
+    assert done.returncode == -signal.SIGKILL
+    runtime.env = node.env
+    runtime("delete", "--force", "box")
+    engine.close()
+    engine.mount("index=off")
+    assert "/bin/busybox" in runtime("run", "-b", engine.bundle, "box").stdout
+
+
+def test_a_graft_that_was_left_mounted_is_grafted_again(
+    engine: Engine, runtime: Runtime, node: Node
+) -> None:
+    engine.mount("index=off")
+    engine.write_bundle()
+    runtime.env = {**node.env, trace.TRACE_ENV: "create-config"}
+    runtime.quietly("create", "-b", engine.bundle, "box", check=False)
+    runtime.env = node.env
+    assert "/bin/busybox" in runtime("run", "-b", engine.bundle, "box").stdout
+    assert len(engine.mounts()) == 1
+
+
+def test_a_read_only_overlay_without_upper(engine: Engine, runtime: Runtime) -> None:
+    names = [str(engine.storage / name / "diff") for name in ("middle", "stub")]
+    overlay.OverlayPlan(str(engine.merged), names, mount_options=["ro"]).execute()
+    engine.write_bundle("ls /bin/busybox /middle; echo x >/x")
+    done = runtime("run", "-b", engine.bundle, "box", check=False)
+    assert done.stdout == "/bin/busybox\n/middle\n"
+    assert "Read-only" in done.stderr
+
+
+@pytest.mark.parametrize("kind", ["directory", "bind", "fuse-overlayfs"])
+def test_what_is_no_overlay_goes_above_the_tree(
+    kind: str, engine: Engine, runtime: Runtime, node: Node
+) -> None:
+    stub = engine.storage / "stub/diff"
+    if kind == "directory":
+        shutil.copytree(stub, engine.merged, dirs_exist_ok=True)
+    elif kind == "bind":
+        syscalls.mount(str(stub), str(engine.merged), None, syscalls.MS_BIND)
+    else:
+        options = f"lowerdir={stub},upperdir={engine.upper},workdir={engine.work}"
+        subprocess.run(["fuse-overlayfs", "-o", options, engine.merged], check=True)
+    engine.write_bundle("ls /bin/busybox; cat /etc/passwd; echo new >/new")
+    done = runtime("run", "-b", engine.bundle, "box")
+    assert done.stdout == "/bin/busybox\nfrom the stub\n"
+    assert not (stub / "new").exists()
+    assert json.loads((engine.bundle / "config.json").read_text())["root"]["path"] == str(
+        engine.merged
+    )
+
+
+def test_links_in_a_rootfs_make_no_stub(
+    engine: Engine, runtime: Runtime, node: Node, stub_clip: Path
+) -> None:
+    target = engine.storage / "elsewhere"
+    target.mkdir()
+    shutil.copy(stub_clip, target / "index.clip")
+    engine.merged.joinpath(".clip").symlink_to(target)
+    engine.write_bundle("true")
+    done = runtime("run", "-b", engine.bundle, "box", check=False)
+    assert "/bin/sh" in done.stderr, "an ordinary, empty rootfs"
