@@ -29,7 +29,7 @@ class TextFormatter(logging.Formatter):
         """One line."""
         parts = [record.getMessage()]
         parts += [f"{key}={value}" for key, value in fields_of(record).items()]
-        if record.exc_info:
+        if record.exc_info and record.exc_info[0]:
             parts.append(self.formatException(record.exc_info))
         text = " ".join(parts).replace("\n", " | ")
         if self._journal:
@@ -48,7 +48,7 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             "msg": record.getMessage(),
         } | fields_of(record)
-        if record.exc_info:
+        if record.exc_info and record.exc_info[0]:
             entry["traceback"] = self.formatException(record.exc_info)
         return json.dumps(entry, default=str)
 

@@ -144,11 +144,11 @@ def daemon_ids(node: Node) -> dict[str, Any]:
     return document
 
 
-def kill_everything(node: Node) -> None:
+def kill_everything(node: Node, spared: int = 0) -> None:
     """SIGKILL to all of the daemon's processes, until none has started another one meanwhile."""
 
     def none_left() -> bool:
-        pids = node.processes()
+        pids = [pid for pid in node.processes() if pid != spared]
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -187,6 +187,11 @@ class Reader:
         if kind is None:
             text = self._output.read_text()[-2000:]
             assert status == 0, f"reader: {text}{self._node.log_tail()}"
+
+    @property
+    def pid(self) -> int:
+        """The process."""
+        return self._process.pid
 
     def rounds(self) -> int:
         """How often everything was read and right."""
