@@ -67,7 +67,7 @@ class Statistics:
             self._bytes += count
 
     def add_retry(self, cause: str) -> None:
-        """An attempt failed and another followed."""
+        """An attempt failed; in most cases another follows."""
         with self._lock:
             self._retries[cause] += 1
 

@@ -64,6 +64,7 @@ def test_any_bytes_are_a_manifest_or_an_error(raw: bytes) -> None:
         parse_manifest(raw, "x")
 
 
+@settings(deadline=None)
 @given(st.dictionaries(st.sampled_from(["os", "architecture", "variant"]), LEAVES))
 def test_any_platform_has_a_name(fields: dict[str, Any]) -> None:
     found = platform_of(fields)

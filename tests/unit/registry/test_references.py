@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clipshim.errors import BadReferenceError
@@ -73,6 +73,7 @@ def test_an_upper_case_name_is_explained() -> None:
         parse_reference("docker.io/Ubuntu")
 
 
+@settings(deadline=None)
 @given(st.text(max_size=80))
 def test_any_text_gives_a_name_that_reads_back_or_an_error(text: str) -> None:
     try:
