@@ -52,7 +52,7 @@ def command(
         _tell_running(settings, stop=stop, force=force, quiet=quiet)
         return
     sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, "-m", "clipshim.node.keeper"])  # noqa: S606
+    os.execv(sys.executable, [sys.executable, "-I", "-m", "clipshim.node.keeper"])  # noqa: S606
 
 
 def _tell_running(settings: Settings, *, stop: bool, force: bool, quiet: bool) -> None:
