@@ -12,7 +12,6 @@ ones stay. Not for fetching or verifying: callers put only spans whose digest th
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import os
 import shutil
@@ -29,6 +28,7 @@ from clipshim.lazy.eviction import (
     choose_layers,
     choose_spans,
 )
+from clipshim.lazy.layer_files import remove_layer
 from clipshim.lazy.open_files import OpenFiles, raise_descriptor_limit
 from clipshim.lazy.stored_layer import StoredLayer, StoreFullError
 
@@ -144,7 +144,7 @@ class LayerStore:
                 if idle is None:
                     return 0
                 self._used -= idle.size
-            self._delete(key)
+            remove_layer(self._path(key), self.files)
             return idle.size
 
     def keys(self) -> list[str]:
@@ -273,8 +273,6 @@ class LayerStore:
 
     def _make_idle(self, stored: StoredLayer) -> None:
         stored.close()
-        for name in ("data", "spans"):
-            self.files.forget(f"{stored.directory}/{name}")
         with self._lock:
             del self._open[stored.key]
             if stored.used_bytes:
@@ -294,18 +292,6 @@ class LayerStore:
             size = status.st_blocks * 512
             self._idle[entry.name] = IdleLayer(status.st_mtime, entry.name, size)
             self._used += size
-
-    def _delete(self, key: str) -> None:
-        path = self._path(key)
-        for name in ("complete", "spans", "boot", "data", "complete.new", "boot.new"):
-            self.files.forget(f"{path}/{name}")
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(f"{path}/{name}")
-        try:
-            os.rmdir(path)
-        except OSError as exc:
-            if exc.errno != errno.ENOENT:
-                log.warning("layer store: %s: %s", path, exc.strerror)
 
 
 def _is_key(key: str) -> bool:

@@ -26,19 +26,17 @@ no lock on the way of a read.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import hashlib
-import json
 import logging
 import os
-import struct
 import threading
 import time
 from array import array
 from typing import TYPE_CHECKING, Protocol
 
 from clipshim.errors import StoreError
+from clipshim.lazy.layer_files import DamageError, LayerFiles
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -47,16 +45,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-HEADER = struct.Struct("<8sQQ")  # magic, number of spans, size of the layer
-MAGIC = b"CLIPSPN1"
-FALLOC_FL_KEEP_SIZE = 0x01  # linux/falloc.h
-FALLOC_FL_PUNCH_HOLE = 0x02
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 HASH_PIECE = 1 << 20
-FILES = ("complete", "spans", "boot", "data")
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 
 
 class StoreFullError(StoreError):
@@ -113,7 +103,8 @@ class StoredLayer:
         self.key = key
         self.size = size
         self.spans = spans
-        self.data_path = f"{directory}/data"
+        self._files = LayerFiles(directory, size, len(spans), room.files, room.boot_id)
+        self.data_path = self._files.data_path
         self.used_bytes = 0
         self.is_complete = False
         self.readers = 0  # LayerStore.open calls without a release
@@ -262,7 +253,7 @@ class StoredLayer:
                     self._clear(span)
                 self._suspects.discard(span)
                 if not self._suspects:  # from now on this boot's page cache is the truth
-                    self._write_boot(clean=False, durable=False)
+                    self._files.write_boot(clean=False, durable=False)
         return good
 
     # -- writing
@@ -306,7 +297,7 @@ class StoredLayer:
         finally:
             if writer is None or not writer.committed:
                 if writer is not None and not present:
-                    self._punch(self._starts[span], size)
+                    self._files.punch(self._starts[span], size)
                 if reserved:
                     self._room.unreserve(size)
             with self._lock:
@@ -344,7 +335,7 @@ class StoredLayer:
             self._generation += 1
         for span in victims:
             size = self.spans[span].uncompressed_size
-            self._punch(self._starts[span], size)
+            self._files.punch(self._starts[span], size)
             freed += size
         with self._lock:
             self._punching.difference_update(victims)
@@ -363,7 +354,7 @@ class StoredLayer:
             try:
                 if not len(self.spans):
                     self._make_files()
-                _write_durably(f"{self.directory}/complete", b"")
+                self._files.write_complete()
             except OSError as exc:
                 raise StoreError(f"layer {self.key}: {exc.strerror}") from exc
             self.is_complete = True
@@ -375,10 +366,7 @@ class StoredLayer:
                 return
             changes = self._changes
         try:
-            with self._room.files.using(self.data_path) as fd:
-                os.fdatasync(fd)
-            with self._room.files.using(f"{self.directory}/spans") as fd:
-                os.fdatasync(fd)
+            self._files.sync()
         except FileNotFoundError:
             return  # removed meanwhile
         except OSError as exc:
@@ -391,7 +379,7 @@ class StoredLayer:
         with self._lock:
             if changes == self._changes and not self._suspects:
                 with contextlib.suppress(OSError):
-                    self._write_boot(clean=True, durable=True)
+                    self._files.write_boot(clean=True, durable=True)
                     self._clean = True
 
     def close(self) -> None:
@@ -405,6 +393,7 @@ class StoredLayer:
             self._generation += 1
             self._bits[:] = bytes(len(self._bits))
             self._suspects.clear()
+        self._files.forget()
 
     def reset(self, cause: str) -> None:
         """Throws everything away: what is there cannot be right."""
@@ -413,45 +402,28 @@ class StoredLayer:
     # -- files
 
     def _load(self) -> None:
-        bits_path = f"{self.directory}/spans"
         try:
-            with open(bits_path, "rb", opener=_no_follow) as file:
-                raw = file.read(HEADER.size + len(self._bits) + 1)
-            data_size = os.lstat(self.data_path).st_size
-        except FileNotFoundError:
-            if os.path.lexists(self.directory):
-                self._remove_files()
-            return
+            found = self._files.load()
         except OSError as exc:
             self._reset(f"cannot be read: {exc.strerror}")
             return
-        expected = HEADER.pack(MAGIC, len(self.spans), self.size)
-        bits = raw[HEADER.size :]
-        spare = -len(self.spans) % 8
-        if raw[: HEADER.size] != expected or len(bits) != len(self._bits):
-            self._reset("bitmap: expected another header or size")
+        except DamageError as exc:
+            self._reset(str(exc))
             return
-        if spare and bits and bits[-1] >> (8 - spare):
-            self._reset("bitmap: bits beyond the last span are set")
-            return
-        if data_size != self.size:
-            self._reset(f"data file: expected {self.size} bytes, got {data_size}")
+        if found is None:
             return
         self._files_exist = True
-        if os.path.lexists(f"{self.directory}/complete"):
-            self._bits[:] = b"\xff" * len(self._bits)
-            if spare and self._bits:
-                self._bits[-1] = 0xFF >> spare
-            self.is_complete = True
-        else:
-            self._bits[:] = bits
+        self.is_complete = found.complete
+        self._bits[:] = found.bits
+        if found.complete:
+            for span in range(len(self.spans)):
+                self._bits[span >> 3] |= 1 << (span & 7)
         present = self.present()
         self.used_bytes = sum(self.spans[span].uncompressed_size for span in present)
-        if self.is_complete:
+        if found.complete:
             return
-        boot_id, clean = self._read_boot()
-        self._clean = clean
-        if boot_id != self._room.boot_id and not clean:
+        self._clean = found.clean
+        if found.boot_id != self._room.boot_id and not found.clean:
             self._suspects = set(present)
             if present:
                 log.warning(
@@ -467,23 +439,10 @@ class StoredLayer:
         with self._lock:
             if self._closed:
                 raise StoreFullError(f"layer {self.key}: closed")
-            if self._files_exist:
-                return
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(self.directory, 0o700)
-            fd = os.open(self.data_path, _CREATE, 0o600)
-            try:
-                os.ftruncate(fd, self.size)
-            finally:
-                os.close(fd)
-            self._write_boot(clean=False, durable=False)
-            fd = os.open(f"{self.directory}/spans", _CREATE, 0o600)
-            try:
-                os.write(fd, HEADER.pack(MAGIC, len(self.spans), self.size) + bytes(self._bits))
-            finally:
-                os.close(fd)
-            self._files_exist = True
-            self._clean = False
+            if not self._files_exist:
+                self._files.create(self._bits)
+                self._files_exist = True
+                self._clean = False
 
     def _reset(self, cause: str) -> None:
         with self._lock:
@@ -504,10 +463,7 @@ class StoredLayer:
         self._files_exist = False
         self._epoch += 1
         self._clean = False
-        for name in FILES:
-            self._room.files.forget(f"{self.directory}/{name}")
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(f"{self.directory}/{name}")
+        self._files.remove()
 
     def _clear(self, span: int) -> None:
         if self._bits[span >> 3] >> (span & 7) & 1:
@@ -520,8 +476,7 @@ class StoredLayer:
     def _save_bits(self, span: int) -> None:
         byte = span >> 3
         try:
-            with self._room.files.using(f"{self.directory}/spans") as fd:
-                os.pwrite(fd, self._bits[byte : byte + 1], HEADER.size + byte)
+            self._files.write_bits(self._bits[byte : byte + 1], byte)
         except OSError as exc:
             # A lost set is a span fetched again; a lost clear must not happen.
             if not self._bits[byte] >> (span & 7) & 1:
@@ -530,46 +485,14 @@ class StoredLayer:
 
     def _unclean(self) -> None:
         if self._clean:
-            self._write_boot(clean=False, durable=True)
+            self._files.write_boot(clean=False, durable=True)
             self._clean = False
 
     def _incomplete(self) -> None:
         if self.is_complete:
-            with self._room.files.using(f"{self.directory}/spans") as fd:
-                os.pwrite(fd, self._bits, HEADER.size)
-                os.fdatasync(fd)
-            self._write_boot(clean=False, durable=True)
-            os.unlink(f"{self.directory}/complete")
-            _sync_directory(self.directory)
+            self._files.remove_complete(self._bits)
             self.is_complete = False
             self._clean = False
-
-    def _read_boot(self) -> tuple[str, bool]:
-        try:
-            with open(f"{self.directory}/boot", "rb", opener=_no_follow) as file:
-                content = json.loads(file.read(4096))
-            return str(content["boot_id"]), content["clean"] is True
-        except (OSError, ValueError, KeyError, TypeError):
-            return "", False
-
-    def _write_boot(self, *, clean: bool, durable: bool) -> None:
-        content = json.dumps({"boot_id": self._room.boot_id, "clean": clean}).encode()
-        path = f"{self.directory}/boot"
-        if durable:
-            _write_durably(path, content)
-        else:
-            fd = os.open(path, _CREATE, 0o600)
-            try:
-                os.write(fd, content)
-            finally:
-                os.close(fd)
-
-    def _punch(self, offset: int, size: int) -> None:
-        with contextlib.suppress(FileNotFoundError), self._room.files.using(self.data_path) as fd:
-            mode = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
-            if size and _libc.fallocate(fd, mode, offset, size):
-                number = ctypes.get_errno()
-                log.warning("layer %s: fallocate: %s", self.key, os.strerror(number))
 
 
 class SpanWriter:
@@ -604,30 +527,3 @@ class SpanWriter:
             raise StoreError(f"layer {self._layer.key}: span {self._span}: bytes are missing")
         self._layer._commit(self._span, self._epoch)
         self.committed = True
-
-
-_CREATE = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
-
-
-def _no_follow(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC)
-
-
-def _write_durably(path: str, content: bytes) -> None:
-    temporary = f"{path}.new"
-    fd = os.open(temporary, _CREATE, 0o600)
-    try:
-        os.write(fd, content)
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-    os.rename(temporary, path)
-    _sync_directory(os.path.dirname(path))
-
-
-def _sync_directory(path: str) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
