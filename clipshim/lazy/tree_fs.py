@@ -19,6 +19,7 @@ import trio
 from clipshim.errors import LayerError
 from clipshim.lazy.fuse_session import handler
 from clipshim.lazy.layers_fs import FOREVER_S
+from clipshim.lazy.page_cache import is_cached
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -208,21 +209,30 @@ class TreeOperations(pyfuse3.Operations):
         if device == 0:
             return bytearray(self._image.buffer[offset : offset + length])
         number = device - 1
-        if self._nowait[number]:
-            fd = self._fds[number]
-            data = bytearray(length)
-            try:
-                if fd is not None and os.preadv(fd, [data], offset, os.RWF_NOWAIT) == length:
-                    return data
-            except BlockingIOError:
-                pass
-            except OSError as exc:
-                if exc.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-                    raise
-                self._nowait[number] = False
+        fd = self._fds[number]
+        if fd is not None:
+            data = self._without_waiting(number, fd, offset, length)
+            if data is not None:
+                return data
         return await trio.to_thread.run_sync(
             self._pread, number, offset, length, limiter=self._limiters[number]
         )
+
+    def _without_waiting(self, number: int, fd: int, offset: int, length: int) -> bytearray | None:
+        if not self._nowait[number]:
+            # A thread costs as much as the rest of the request.
+            return self._pread(number, offset, length) if is_cached(fd, offset, length) else None
+        data = bytearray(length)
+        try:
+            if os.preadv(fd, [data], offset, os.RWF_NOWAIT) == length:
+                return data
+        except BlockingIOError:
+            pass
+        except OSError as exc:
+            if exc.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                raise
+            self._nowait[number] = False
+        return None
 
     def _pread(self, number: int, offset: int, length: int) -> bytearray:
         fd = self._fds[number]

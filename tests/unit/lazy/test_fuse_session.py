@@ -1,0 +1,115 @@
+"""The parts of a FUSE session that need no kernel: handlers and the answer to FUSE_INIT."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import struct
+
+import pyfuse3
+import pytest
+import trio
+
+from clipshim.errors import MountError, NotFoundError, RegistryError
+from clipshim.lazy import fuse_session
+from clipshim.lazy.fuse_session import handler
+
+
+class Handlers:
+    """One handler that fails as it is told."""
+
+    def __init__(self, error: BaseException | None) -> None:
+        self.error = error
+
+    @handler
+    async def read(self, value: int) -> int:
+        if self.error is not None:
+            raise self.error
+        return value
+
+
+@pytest.mark.parametrize(
+    ("error", "number"),
+    [
+        (NotFoundError("nothing"), errno.ENOENT),
+        (RegistryError("dead"), errno.EIO),
+        (OSError(errno.EROFS, "read-only"), errno.EROFS),
+        (OSError("no number"), errno.EIO),
+        (OSError(errno.ENOSYS, "would turn the handler off"), errno.EIO),
+        (pyfuse3.FUSEError(errno.ENOSYS), errno.ENOSYS),
+        (ZeroDivisionError(), errno.EIO),
+        (RuntimeError("bug"), errno.EIO),
+    ],
+)
+def test_every_error_becomes_an_errno(error: Exception, number: int) -> None:
+    with pytest.raises(pyfuse3.FUSEError) as caught:
+        trio.run(Handlers(error).read, 1)
+    assert caught.value.errno == number
+
+
+def test_results_and_cancellation_pass() -> None:
+    assert trio.run(Handlers(None).read, 7) == 7
+
+    async def main() -> None:
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await Cancelled().read()
+        assert scope.cancelled_caught
+
+    trio.run(main)
+
+
+class Cancelled:
+    """A handler that waits."""
+
+    @handler
+    async def read(self) -> None:
+        await trio.sleep_forever()
+
+
+def init_request(*, major: int = 7, minor: int = 45, flags: int = 0xFFFFFFFF) -> bytes:
+    body = struct.pack("<IIII", major, minor, 1 << 17, flags) + struct.pack("<I", 1 << 7)
+    body += bytes(44)
+    header = struct.pack("<IIQQIIIHH", 40 + len(body), 26, 99, 0, 0, 0, 0, 0, 0)
+    return header + body
+
+
+def test_init_is_answered_with_our_limits() -> None:
+    ours, kernel = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, kernel:
+        kernel.send(init_request())
+        assert fuse_session.answer_init(ours.fileno())
+        reply = kernel.recv(4096)
+    length, error, unique = struct.unpack_from("<IiQ", reply)
+    assert (length, error, unique) == (len(reply), 0, 99)
+    assert len(reply) == 16 + 64
+    fields = struct.unpack_from("<IIIIHHIIHH", reply, 16)
+    assert fields[:2] == (7, fuse_session.MINOR)
+    assert fields[3] == fuse_session.WANTED
+    assert fields[4] == fuse_session.MAX_BACKGROUND
+    assert fields[8] * 4096 == fuse_session.MAX_READ
+
+
+def test_an_old_kernel_is_answered_in_its_own_terms() -> None:
+    ours, kernel = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, kernel:
+        kernel.send(init_request(minor=27, flags=fuse_session.FUSE_ASYNC_READ))
+        assert not fuse_session.answer_init(ours.fileno())
+        reply = kernel.recv(4096)
+    fields = struct.unpack_from("<IIII", reply, 16)
+    assert (fields[1], fields[3]) == (27, fuse_session.FUSE_ASYNC_READ)
+
+
+@pytest.mark.parametrize("request_", [init_request(major=8), b"\0" * 56])
+def test_what_is_not_our_protocol_is_refused(request_: bytes) -> None:
+    ours, kernel = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, kernel:
+        kernel.send(request_)
+        with pytest.raises(MountError):
+            fuse_session.answer_init(ours.fileno())
+
+
+def test_a_kernel_without_resend_is_no_error(tmp_path: object) -> None:
+    with open(os.devnull, "rb") as file:  # cannot be written
+        assert not fuse_session.request_resend(file.fileno())
