@@ -27,7 +27,6 @@ from clipshim.index.erofs_format import (
     EXTENDED,
     EXTENDED_SIZE,
     FEATURE_COMPAT_MTIME,
-    FEATURE_COMPAT_SB_CHKSUM,
     FEATURE_INCOMPAT_CHUNKED_FILE,
     FEATURE_INCOMPAT_DEVICE_TABLE,
     FLAT_INLINE,
@@ -43,7 +42,6 @@ from clipshim.index.erofs_format import (
     XATTR_HEADER,
     XATTR_HEADER_SIZE,
     XATTR_PREFIXES,
-    superblock_checksum,
 )
 
 HOLE = -1  # as a device
@@ -97,7 +95,7 @@ class ErofsImage:
         incompat = FEATURE_INCOMPAT_CHUNKED_FILE | (FEATURE_INCOMPAT_DEVICE_TABLE if devices else 0)
         expected = (
             SUPER_MAGIC,
-            FEATURE_COMPAT_SB_CHKSUM | FEATURE_COMPAT_MTIME,
+            FEATURE_COMPAT_MTIME,
             BLOCK_BITS,
             incompat,
             (SUPER_OFFSET + SUPER_SIZE) // DEVICE_SLOT_SIZE,
@@ -105,12 +103,11 @@ class ErofsImage:
         got = (fields[0], fields[2], fields[3], fields[14], fields[17])
         if got != expected:
             raise IndexFormatError(f"tree: expected a superblock of {expected}, got {got}")
-        # sb_extslots, xattr_blkaddr, available_compr_algs and all behind devt_slotoff
-        if fields[4] or fields[11] or fields[15] or any(fields[18:23]) or any(fields[23]):
+        # checksum, sb_extslots, available_compr_algs, what follows devt_slotoff; xattr_blkaddr,
+        # uuid and volume_name; fixed_nsec
+        unused = (fields[1], fields[4], fields[15], *fields[18:23], any(fields[23]))
+        if any(unused) or any((fields[11], *fields[12], *fields[13])) or fields[8] >= 10**9:
             raise IndexFormatError("tree: superblock with features that no tree has")
-        block = bytes(buffer[SUPER_OFFSET : SUPER_OFFSET + BLOCK])
-        if len(block) != BLOCK or superblock_checksum(block) != fields[1]:
-            raise IndexFormatError("tree: wrong checksum of the superblock")
         self.root_nid: int = fields[5]
         self.inode_count: int = fields[6]
         self.device_count: int = devices
@@ -125,11 +122,14 @@ class ErofsImage:
 
     def device_blocks(self) -> list[int]:
         """How many 512-byte blocks each device has, device 1 first."""
-        first = SUPER_OFFSET + SUPER_SIZE
-        return [
-            DEVICE_SLOT.unpack_from(self.buffer, first + DEVICE_SLOT_SIZE * number)[1]
-            for number in range(self.device_count)
-        ]
+        found = []
+        for number in range(self.device_count):
+            at = SUPER_OFFSET + SUPER_SIZE + DEVICE_SLOT_SIZE * number
+            tag, blocks, address, reserved = DEVICE_SLOT.unpack_from(self.buffer, at)
+            if any(tag) or address or any(reserved):
+                raise IndexFormatError(f"tree: device {number + 1} has fields that no tree has")
+            found.append(blocks)
+        return found
 
     def inode(self, nid: int) -> Inode:
         """The fixed part of an inode, decoded."""

@@ -25,7 +25,6 @@ from clipshim.index.erofs_format import (
     EXTENDED,
     EXTENDED_SIZE,
     FEATURE_COMPAT_MTIME,
-    FEATURE_COMPAT_SB_CHKSUM,
     FEATURE_INCOMPAT_CHUNKED_FILE,
     FEATURE_INCOMPAT_DEVICE_TABLE,
     FLAT_INLINE,
@@ -41,7 +40,6 @@ from clipshim.index.erofs_format import (
     XATTR_HEADER,
     XATTR_HEADER_SIZE,
     XATTR_PREFIXES,
-    superblock_checksum,
 )
 from clipshim.index.merge import Node, Tree
 from clipshim.index.sparse_map import MAX_CHUNK_TABLE, chunk_bits
@@ -296,16 +294,14 @@ class _Writer:
             incompat |= FEATURE_INCOMPAT_DEVICE_TABLE
         SUPER.pack_into(
             image, SUPER_OFFSET, SUPER_MAGIC, 0,
-            FEATURE_COMPAT_SB_CHKSUM | FEATURE_COMPAT_MTIME,
-            BLOCK_BITS, 0, self._inodes[0].nid, len(self._inodes), seconds, nanoseconds,
+            FEATURE_COMPAT_MTIME, BLOCK_BITS, 0, self._inodes[0].nid, len(self._inodes),
+            seconds, nanoseconds,
             blocks, self._meta_block, 0, bytes(16), bytes(16), incompat, 0, devices,
             (SUPER_OFFSET + SUPER_SIZE) // DEVICE_SLOT_SIZE, 0, 0, 0, 0, 0, bytes(23),
         )  # fmt: skip
         for number, size in enumerate(self._layer_sizes):
             at = SUPER_OFFSET + SUPER_SIZE + DEVICE_SLOT_SIZE * number
             DEVICE_SLOT.pack_into(image, at, b"", -(-size // BLOCK), 0, b"")
-        checksum = superblock_checksum(bytes(image[SUPER_OFFSET : SUPER_OFFSET + BLOCK]))
-        image[SUPER_OFFSET + 4 : SUPER_OFFSET + 8] = checksum.to_bytes(4, "little")
 
 
 def _split_directory(children: dict[bytes, Node]) -> tuple[list[list[bytes]], int]:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clipshim.errors import IndexFormatError, LayerError
-from clipshim.index.erofs_format import BLOCK, SUPER_OFFSET, superblock_checksum
+from clipshim.index.erofs_format import BLOCK, SUPER_OFFSET
 from clipshim.index.erofs_read import HOLE, ErofsImage
 from clipshim.index.erofs_write import write_erofs
 from clipshim.index.merge import merge
@@ -199,20 +199,6 @@ def test_short_images_are_refused(size: int) -> None:
         ErofsImage(IMAGE[:size])
 
 
-def test_every_damage_of_the_superblock_is_noticed() -> None:
-    for at in range(SUPER_OFFSET, SUPER_OFFSET + BLOCK):
-        damaged = bytearray(IMAGE)
-        damaged[at] ^= 0x41
-        with pytest.raises(IndexFormatError):
-            ErofsImage(bytes(damaged))
-
-
-def resealed(damaged: bytearray) -> bytes:
-    block = bytes(damaged[SUPER_OFFSET : SUPER_OFFSET + BLOCK])
-    damaged[SUPER_OFFSET + 4 : SUPER_OFFSET + 8] = superblock_checksum(block).to_bytes(4, "little")
-    return bytes(damaged)
-
-
 def use(image: ErofsImage) -> None:
     """What a mount would do with a tree."""
     limit = 20_000
@@ -231,6 +217,19 @@ def use(image: ErofsImage) -> None:
         assert not name or name not in (b".", b"..")
 
 
+def test_every_damage_of_the_superblock_is_noticed_or_harmless() -> None:
+    for at in range(SUPER_OFFSET, SUPER_OFFSET + 2 * BLOCK):
+        for bit in (0x01, 0x40, 0x80):
+            damaged = bytearray(IMAGE)
+            damaged[at] ^= bit
+            try:
+                image = ErofsImage(bytes(damaged))
+                check_tree(image, SIZES)
+            except IndexFormatError:
+                continue
+            use(image)
+
+
 @given(st.integers(0, 2**32), st.integers(1, 4))
 @settings(max_examples=400)
 def test_a_damaged_image_is_refused_or_still_sound(seed: int, flips: int) -> None:
@@ -241,7 +240,7 @@ def test_a_damaged_image_is_refused_or_still_sound(seed: int, flips: int) -> Non
         bit = 1 << choose.randrange(8)
         damaged[at] = choose.choice((0, 0xFF, choose.randrange(256), damaged[at] ^ bit))
     try:
-        image = ErofsImage(resealed(damaged))
+        image = ErofsImage(bytes(damaged))
         check_tree(image, SIZES)
     except IndexFormatError:
         return
@@ -256,7 +255,7 @@ def test_reading_a_damaged_image_without_a_check_ends_in_an_index_format_error(s
     for _ in range(3):
         damaged[choose.randrange(SUPER_OFFSET, len(damaged))] = choose.randrange(256)
     with contextlib.suppress(IndexFormatError):
-        image = ErofsImage(resealed(damaged))
+        image = ErofsImage(bytes(damaged))
         for nid in range(len(damaged) // 32):
             for action in (image.stat, image.xattrs, image.readdir, image.readlink):
                 with contextlib.suppress(IndexFormatError):
