@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 INDEX_AGE_S = 7 * 86400.0
 DRAFT_AGE_S = 86400.0
+PAUSE_S = 900.0  # containers of engines that crashed are found without anybody asking
 CONTAINERS_TIMEOUT_S = 300.0
 
 
@@ -105,12 +106,14 @@ async def clean_containers(*, dry_run: bool) -> list[str]:
     return removed
 
 
-async def clean_at_start(node: Node) -> None:
-    """In the background of a new server."""
-    try:
-        await collect(node, dry_run=False, unused_trees=False)
-    except (ClipError, OSError) as exc:
-        log.error("clean-up: %s", exc)
+async def keep_clean(node: Node) -> None:
+    """In the background of a server: at its start, and now and then."""
+    while True:
+        try:
+            await collect(node, dry_run=False, unused_trees=False)
+        except (ClipError, OSError, ValueError) as exc:
+            log.error("clean-up: %s", exc)
+        await trio.sleep(PAUSE_S)
 
 
 async def _tree_ids(node: Node) -> set[str]:

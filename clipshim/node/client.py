@@ -8,7 +8,8 @@ from clipshim.settings import Settings
 from clipshim.shim import daemon_client
 from clipshim.shim.daemon_start import ask_daemon
 
-LONG_TIMEOUT_S = 24 * 3600.0  # complete and index report progress meanwhile
+LONG_TIMEOUT_S = 24 * 3600.0
+LONG_OPERATIONS = ("complete", "gc")  # as long as the network or the disk takes
 
 
 def call(
@@ -39,6 +40,8 @@ def call_for_fd(
     on_progress: Callable[[dict[str, Any]], None] | None = None,
 ) -> tuple[dict[str, Any], int | None]:
     """The final answer and its first descriptor, if any, which the caller then owns."""
+    if timeout_s is None and request.get("op") in LONG_OPERATIONS:
+        timeout_s = LONG_TIMEOUT_S
     if start and timeout_s is None:
         reply = ask_daemon(settings, request, fds=fds, on_progress=on_progress)
     else:

@@ -19,381 +19,24 @@ import json
 import logging
 import os
 import secrets
-import selectors
 import signal
 import socket
 import sys
-import time
-from typing import Any
 
 from clipshim.errors import ClipError, DaemonError
-from clipshim.mounts import mountinfo, syscalls
+from clipshim.mounts import mountinfo
 from clipshim.node import fuse_connection, own_cgroup, sd_notify
-from clipshim.node.children import Child
-from clipshim.node.control import (
-    Message,
-    close_all,
-    control_pair,
-    receive_message,
-    send_message,
-)
-from clipshim.node.keeper_state import STATE_NAME, KeeperState, TreeState, read_state, write_state
+from clipshim.node.control import close_all
+from clipshim.node.keeper_loop import Keeper, mount_layers, unmount_all
+from clipshim.node.keeper_state import STATE_NAME, KeeperState, read_state
 from clipshim.node.logs import configure
-from clipshim.node.processes import ProcessId, raise_limits
+from clipshim.node.processes import raise_limits
 from clipshim.settings import CONFIG_ENV, Settings, load_settings
 
 log = logging.getLogger("clipshim.node.keeper")
 
 BACKLOG = 1024
-READAHEAD_KIB = 128
-END_TIMEOUT_S = 20.0  # for children that were told to end, before SIGKILL
-SERVER_MODULE = "clipshim.node.server"
-TREE_MODULE = "clipshim.node.tree_server"
-
-
-class Keeper:
-    """The event loop. Descriptors are plain ints here: they outlive everything else."""
-
-    def __init__(
-        self,
-        settings: Settings,
-        state: KeeperState,
-        *,
-        lock_fd: int,
-        listener_fd: int,
-        layers_fd: int,
-        tree_fds: dict[str, int],
-    ) -> None:
-        self.settings = settings
-        self.state = state
-        self.lock_fd = lock_fd
-        self.listener_fd = listener_fd
-        self.layers_fd = layers_fd
-        self.tree_fds = tree_fds
-        self.server = Child("server")
-        self.trees: dict[str, Child] = {image_id: Child(image_id) for image_id in tree_fds}
-        self.control: socket.socket | None = None
-        self.stopping = False  # the server agreed to stop: its exit is the end
-        self.stop_wanted: Message | None = None  # to be sent when a server is up
-        self.leave_mounts = False
-        self.replacing = False
-        self._end_by = 0.0
-        self._selector = selectors.DefaultSelector()
-        self._wakeup, writer = socket.socketpair()
-        for sock in (self._wakeup, writer):
-            sock.setblocking(False)
-        self._wakeup_writer = writer
-        self._selector.register(self._wakeup, selectors.EVENT_READ, self._on_wakeup)
-
-    # Processes
-
-    def start_server(self) -> None:
-        """Starts a server that takes over the connections and the listening socket."""
-        ours, theirs = control_pair()
-        names = {
-            "control": theirs.fileno(),
-            "listener": self.listener_fd,
-            "layers": self.layers_fd,
-            "lock": self.lock_fd,
-        }
-        arguments = {
-            "fds": names,
-            "trees": self.tree_fds,
-            "generation": self.state.generation,
-            "restarts": self.server.deaths,
-        }
-        fds = [fd for fd in (*names.values(), *self.tree_fds.values()) if fd >= 0]
-        with theirs:
-            try:
-                self.server.start(SERVER_MODULE, [json.dumps(arguments)], fds)
-            except OSError as exc:  # out of processes or memory: it may pass
-                ours.close()
-                self.server.restart_at = time.monotonic() + 1.0
-                log.error("server cannot be started: %s", exc)
-                return
-        self._watch_server(ours)
-        log.info(
-            "server started", extra={"server_pid": self.server.process and self.server.process.pid}
-        )
-
-    def adopt_server(self, control_fd: int) -> None:
-        """Goes on with a server that outlived the last keeper."""
-        if self.server.adopt(self.state.server):
-            self._watch_server(socket.socket(fileno=control_fd))
-        else:
-            os.close(control_fd)
-            self.server.restart_soon()
-
-    def _watch_server(self, control: socket.socket) -> None:
-        self.control = control
-        self.state.server = self.server.process
-        self._selector.register(control, selectors.EVENT_READ, self._on_control)
-        self._selector.register(self.server.pidfd, selectors.EVENT_READ, self._on_server_exit)
-        self.write_state()
-
-    def start_tree(self, image_id: str) -> None:
-        """Starts the server of one tree on its connection."""
-        child, tree = self.trees[image_id], self.state.trees[image_id]
-        arguments = {"fuse_fd": self.tree_fds[image_id], "image_id": image_id} | tree.config
-        try:
-            child.start(TREE_MODULE, [json.dumps(arguments)], [self.tree_fds[image_id]])
-        except OSError as exc:
-            child.restart_at = time.monotonic() + 1.0
-            log.error("tree server cannot be started: %s", exc, extra={"image_id": image_id})
-            return
-        self._watch_tree(image_id)
-
-    def adopt_trees(self) -> None:
-        """Goes on with the tree servers of the last keeper, or starts them again."""
-        for image_id, child in self.trees.items():
-            if child.adopt(self.state.trees[image_id].process):
-                self._watch_tree(image_id)
-            else:
-                child.restart_soon()
-
-    def _watch_tree(self, image_id: str) -> None:
-        child = self.trees[image_id]
-
-        def on_exit() -> None:
-            self._on_tree_exit(image_id)
-
-        self._selector.register(child.pidfd, selectors.EVENT_READ, on_exit)
-        self.state.trees[image_id].process = child.process
-        self.write_state()
-
-    def _on_server_exit(self) -> None:
-        self._selector.unregister(self.server.pidfd)
-        pid = self.server.process.pid if self.server.process else 0
-        status = self.server.exited()
-        self.state.server = None
-        if self.control is not None:
-            with contextlib.suppress(KeyError):
-                self._selector.unregister(self.control)
-            self.control.close()
-            self.control = None
-        if self.stopping:
-            return
-        if self.replacing:
-            self.server.restart_soon()
-            return
-        log.warning(
-            "server ended, a new one takes over", extra={"server_pid": pid, "status": status}
-        )
-
-    def _on_tree_exit(self, image_id: str) -> None:
-        child = self.trees[image_id]
-        self._selector.unregister(child.pidfd)
-        status = child.exited()
-        tree = self.state.trees[image_id]
-        tree.process = None
-        if not fuse_connection.is_alive(self.tree_fds[image_id]):  # nothing has it mounted any more
-            self._drop_tree(image_id)
-        elif self.replacing:
-            child.restart_soon()
-        else:
-            log.warning(
-                "tree server ended, a new one takes over",
-                extra={"image_id": image_id, "status": status},
-            )
-        self.write_state()
-
-    def _drop_tree(self, image_id: str) -> None:
-        os.close(self.tree_fds.pop(image_id))
-        del self.trees[image_id], self.state.trees[image_id]
-        sd_notify.forget_fd(f"tree-{image_id}")
-
-    # Requests of the server
-
-    def _on_control(self) -> None:
-        assert self.control is not None
-        try:
-            message, fds = receive_message(self.control)
-        except (EOFError, OSError, ValueError):
-            self._selector.unregister(self.control)  # its exit comes through the pidfd
-            return
-        close_all(fds)
-        reply: Message
-        reply_fds: list[int] = []
-        try:
-            reply, reply_fds = self._serve(message)
-        except (OSError, KeyError, TypeError, DaemonError) as exc:
-            reply = {"ok": False, "error": str(exc)}
-        if "id" in message:
-            self._tell(reply | {"id": message["id"]}, reply_fds)
-
-    def _serve(self, message: Message) -> tuple[Message, list[int]]:
-        match message.get("op"):
-            case "ready":
-                sd_notify.notify("READY=1\nSTATUS=serving")
-                if self.stop_wanted is not None:
-                    self._tell(self.stop_wanted)
-                    self.stop_wanted = None
-            case "mount_tree":
-                return {"ok": True}, [self._mount_tree(message)]
-            case "unmount_tree":
-                self._unmount_tree(message["image_id"])
-            case "stop":
-                self.stopping, self.leave_mounts = True, bool(message.get("leave"))
-                sd_notify.notify("STOPPING=1")
-            case "refuse_stop":
-                log.error(
-                    "not stopped: containers use mounted trees",
-                    extra={"containers": ",".join(message.get("in_use", []))},
-                )
-            case "replace":
-                self.replace()
-            case other:
-                raise DaemonError(f"keeper: unknown request {other!r}")
-        return {"ok": True}, []
-
-    def _mount_tree(self, message: Message) -> int:
-        image_id, target = str(message["image_id"]), str(message["target"])
-        if image_id in self.trees:
-            raise DaemonError(f"tree {image_id} is being shown already")
-        fd = fuse_connection.mount_fuse(target, nosuid=False)
-        self.tree_fds[image_id] = fd
-        self.state.trees[image_id] = TreeState(target, dict(message["config"]))
-        self.trees[image_id] = Child(image_id)
-        sd_notify.store_fd(f"tree-{image_id}", fd)
-        fuse_connection.set_readahead(target, READAHEAD_KIB)
-        self.start_tree(image_id)
-        return fd
-
-    def _unmount_tree(self, image_id: str) -> None:
-        tree = self.state.trees.get(image_id)
-        if tree is None:
-            return
-        self.trees[image_id].ending = True
-        with contextlib.suppress(OSError):  # EINVAL: somebody unmounted it by hand
-            syscalls.umount2(tree.target, syscalls.MNT_DETACH | syscalls.UMOUNT_NOFOLLOW)
-
-    def _tell(self, message: Message, fds: list[int] | None = None) -> None:
-        if self.control is not None:
-            with contextlib.suppress(OSError):  # it died: the pidfd says so too
-                send_message(self.control, message, fds or ())
-
-    # Stop and replace
-
-    def ask_to_stop(self, *, force: bool) -> None:
-        """Has the server decide whether the daemon may stop."""
-        # under systemd the descriptor store keeps the connections until the next start
-        leave = "NOTIFY_SOCKET" in os.environ
-        message: Message = {"op": "stop", "force": force, "leave": leave}
-        if self.control is not None:
-            self._tell(message)
-        else:
-            self.stop_wanted = message
-
-    def replace(self) -> None:
-        """Ends the children; when the last is gone the keeper executes itself anew."""
-        if self.replacing or self.stopping:
-            return
-        log.info("replacing the daemon's processes")
-        self.replacing, self._end_by = True, time.monotonic() + END_TIMEOUT_S
-        for child in (self.server, *self.trees.values()):
-            child.kill(signal.SIGTERM)
-
-    def _execute_anew(self) -> None:
-        self.write_state()
-        adoption = {
-            "control": None,
-            "listener": self.listener_fd,
-            "layers": self.layers_fd,
-            "lock": self.lock_fd,
-            "trees": self.tree_fds,
-        }
-        for fd in (self.listener_fd, self.layers_fd, self.lock_fd, *self.tree_fds.values()):
-            if fd >= 0:
-                os.set_inheritable(fd, True)
-        os.execv(sys.executable, keeper_command(adoption))  # noqa: S606  # no shell is meant
-
-    # Loop
-
-    def run(self) -> int:
-        """Until the daemon has stopped. Returns the exit status."""
-        self._handle_signals()
-        self.write_state()
-        while True:
-            if self.stopping and not self.server.running:
-                return self._finish()
-            children = (self.server, *self.trees.values())
-            if self.replacing and not any(child.running for child in children):
-                self._execute_anew()
-            self._restart_what_is_due()
-            for key, _ in self._selector.select(self._timeout()):
-                key.data()
-            if self.replacing and time.monotonic() > self._end_by:
-                for child in children:
-                    child.kill(signal.SIGKILL)
-
-    def _restart_what_is_due(self) -> None:
-        if self.replacing or self.stopping:
-            return
-        now = time.monotonic()
-        if self.server.restart_at is not None and now >= self.server.restart_at:
-            self.start_server()
-        for image_id, child in list(self.trees.items()):
-            if child.restart_at is not None and now >= child.restart_at:
-                self.start_tree(image_id)
-
-    def _timeout(self) -> float | None:
-        if self.replacing:
-            return 0.5
-        times = [child.restart_at for child in (self.server, *self.trees.values())]
-        due = [at for at in times if at is not None]
-        return max(0.0, min(due) - time.monotonic()) if due and not self.stopping else None
-
-    def _handle_signals(self) -> None:
-        signal.set_wakeup_fd(self._wakeup_writer.fileno(), warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, lambda *_: None)
-        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
-
-    def _on_wakeup(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            for number in self._wakeup.recv(64):
-                if number == signal.SIGHUP:
-                    self.replace()
-                else:
-                    self.ask_to_stop(force=False)
-
-    def write_state(self) -> None:
-        """Brings keeper.json up to date."""
-        self.state.keeper = ProcessId.of(os.getpid())
-        try:
-            write_state(self.settings.run_dir, self.state)
-        except OSError as exc:  # disk full: a successor would find less, nothing else breaks
-            log.error("%s cannot be written: %s", STATE_NAME, exc)
-
-    def _finish(self) -> int:
-        """The server is gone for good: ends tree servers and unmounts, or leaves it to systemd."""
-        run_dir = self.settings.run_dir
-        for name in () if self.leave_mounts else ("daemon.sock", STATE_NAME):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(f"{run_dir}/{name}")
-        for image_id, child in self.trees.items():
-            if not self.leave_mounts:
-                self._unmount_tree(image_id)
-            child.kill(signal.SIGTERM)
-        if self.leave_mounts:
-            log.info("stopped, mounts stay for the next start")
-            return 0
-        unmount_all(self.settings.layers_mount)
-        sd_notify.forget_fd("layers")
-        log.info("stopped")
-        return 0
-
-
-def keeper_command(adoption: dict[str, Any] | None = None) -> list[str]:
-    """The command line of a keeper, as itself and the server start it."""
-    command = [sys.executable, "-I", "-m", "clipshim.node.keeper"]
-    return [*command, "--adopt", json.dumps(adoption)] if adoption is not None else command
-
-
-def unmount_all(target: str) -> None:
-    """Detaches whatever is mounted at `target`, without touching it: it may be dead or hang."""
-    while mountinfo.mount_at(target) is not None:
-        syscalls.umount2(target, syscalls.MNT_DETACH | syscalls.UMOUNT_NOFOLLOW)
+ENDING_TIMEOUT_S = 60  # for a daemon that has removed its socket already
 
 
 def resolve_directories(settings: Settings) -> None:
@@ -443,7 +86,7 @@ def start_fresh(settings: Settings) -> Keeper | None:
             log.warning("removing a dead layers mount; containers that need uncached data are lost")
         unmount_all(settings.layers_mount)
         os.makedirs(settings.layers_mount, mode=0o700, exist_ok=True)
-        layers_fd = _mount_layers(settings)
+        layers_fd = mount_layers(settings)
         state = KeeperState(secrets.token_hex(8))
     for name, fd in kept.items():
         os.close(fd)
@@ -459,23 +102,6 @@ def start_fresh(settings: Settings) -> Keeper | None:
     keeper.adopt_trees()
     keeper.start_server()
     return keeper
-
-
-def _mount_layers(settings: Settings) -> int:
-    """The connection of the layers mount; -1 without FUSE, if images may be unpacked instead."""
-    try:
-        fd = fuse_connection.mount_fuse(settings.layers_mount, nosuid=True)
-    except OSError as exc:
-        if settings.fallback != "unpack":
-            raise DaemonError(
-                f"layers mount at {settings.layers_mount}: {exc}",
-                hint='load the module fuse, or set fallback = "unpack"',
-            ) from exc
-        log.warning("no FUSE here, images are unpacked whole: %s", exc)
-        return -1
-    fuse_connection.set_readahead(settings.layers_mount, READAHEAD_KIB)
-    sd_notify.store_fd("layers", fd)
-    return fd
 
 
 def adopt(settings: Settings, text: str) -> Keeper:
@@ -516,8 +142,26 @@ def _lock(path: str, socket_path: str) -> int | None:
         if os.path.exists(socket_path):
             os.close(fd)
             return None
-        fcntl.flock(fd, fcntl.LOCK_EX)  # it removed its socket: it is about to end
+        _lock_when_it_ends(fd, path)
     return fd
+
+
+def _lock_when_it_ends(fd: int, path: str) -> None:
+    """Waits for a daemon that has removed its socket. Raises DaemonError if it goes on."""
+
+    def expired(*_: object) -> None:
+        raise DaemonError(
+            f"{path}: held by a daemon without a socket",
+            hint="end the processes that keeper.json beside it names, then try again",
+        )
+
+    before = signal.signal(signal.SIGALRM, expired)
+    signal.alarm(ENDING_TIMEOUT_S)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _listen(path: str) -> int:

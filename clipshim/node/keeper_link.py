@@ -17,7 +17,7 @@ from clipshim.node.control import (
     receive_message,
     send_message,
 )
-from clipshim.node.keeper import keeper_command
+from clipshim.node.keeper_loop import keeper_command
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

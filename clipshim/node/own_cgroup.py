@@ -38,6 +38,20 @@ def move_self(root: str = "/sys/fs/cgroup") -> None:
             log.debug("stays in cgroup %s of %s", path, controllers or "version 2")
 
 
+def remove(root: str = "/sys/fs/cgroup") -> None:
+    """Leaves the cgroups that move_self made and removes them, unless others are in them."""
+    with open("/proc/self/cgroup", encoding="utf-8") as file:
+        entries = parse_cgroups(file.read())
+    for controllers, path in entries:
+        if path != f"/{NAME}":
+            continue
+        for base in _candidates(root, controllers):
+            with contextlib.suppress(OSError):
+                with open(f"{base}/cgroup.procs", "w") as file:
+                    file.write(str(os.getpid()))
+                os.rmdir(f"{base}/{NAME}")
+
+
 def _candidates(root: str, controllers: str) -> list[str]:
     if not controllers:
         return [root, f"{root}/unified"]

@@ -14,7 +14,7 @@ import trio
 from clipshim.errors import ClipError
 from clipshim.lazy.fuse_session import serve
 from clipshim.lazy.layers_fs import LayersOperations
-from clipshim.node.cleanup import clean_at_start
+from clipshim.node.cleanup import keep_clean
 from clipshim.node.keeper import resolve_directories
 from clipshim.node.keeper_link import KeeperLink, ServerArguments
 from clipshim.node.logs import configure
@@ -47,13 +47,13 @@ async def run(settings: Settings, arguments: str) -> None:
                 node.lazy = False
             await node.take_over(records)
             life.trees = node.trees
+            nursery.start_soon(keep_clean, node)  # before the first request could see garbage
             rpc = RpcServer(fds["listener"], Operations(node, life).table())
             await nursery.start(rpc.serve)
             await keeper.ask({"op": "ready"})
             log.info("serving", extra={"trees": len(node.trees.trees)})
             gc.freeze()  # what is loaded now stays: later collections need not walk it
             nursery.start_soon(node.keep_house)
-            nursery.start_soon(clean_at_start, node)
             if settings.metrics_address:
                 nursery.start_soon(_serve_metrics, node)
             await trio.sleep_forever()
