@@ -17,7 +17,7 @@ SCRIPT = Path(__file__).resolve().parents[2] / "integration" / "quickstart.sh"
 VENV = Path(sys.executable).parents[1]
 
 
-def quickstart(node: Node, *arguments: str, code: int = 0) -> str:
+def quickstart(node: Node, *arguments: str, code: int = 0, **environment: str) -> str:
     """What the script prints."""
     done = subprocess.run(
         [SCRIPT, *arguments],
@@ -26,6 +26,7 @@ def quickstart(node: Node, *arguments: str, code: int = 0) -> str:
             "CLIPSHIM_DEMO_PREFIX": str(node.directory / "prefix"),
             "CLIPSHIM_DEMO_VENV": str(VENV),
             "CLIPSHIM_DEMO_ROOT": str(debian_root()),
+            **environment,
         },
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -50,6 +51,12 @@ def test_without_an_image_it_shows_a_lazy_start_and_can_be_repeated(node: Node) 
     wait_for("daemon and registry have ended", lambda: not node.processes())
     quickstart(node, "--clean")
     assert not (node.directory / "prefix/var/cache/clipshim-demo").exists()
+
+
+def test_without_debootstrap_the_packages_of_the_machine_do(node: Node) -> None:
+    text = quickstart(node, CLIPSHIM_DEMO_ROOT="", CLIPSHIM_DEMO_MIRROR="none")
+    assert "taking the packages of this machine" in text
+    assert '"python": "3.' in text
 
 
 def test_with_an_image_it_runs_that(node: Node, debian_reference: str) -> None:
