@@ -204,10 +204,15 @@ class LayerReader:
             if trio.current_time() + RETRY_PAUSE_S >= deadline:
                 seconds = self._fetching.deadline_s
                 raise RegistryError(
-                    f"span {span} did not come within {seconds:g} s: {cause or 'no answer'}",
+                    f"span {span} did not come within {seconds:g} s: {cause or self._trouble()}",
                     hint="is the registry reachable? `clipshim status` shows what is not",
                 ) from error
             await trio.sleep(RETRY_PAUSE_S)
+
+    def _trouble(self) -> str:
+        services = {self._fetching.service(source.service) for source in self._sources}
+        causes = [service.breaker.cause for service in services if service.breaker.cause]
+        return "; ".join(causes) or "no answer"
 
     async def fetch_spans(self, spans: Sequence[int], *, ahead: bool = True) -> None:
         """Returns when the spans are in the store (or were fetched but found no room there).

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+SLOWEST_LINK = 64 << 10  # bytes a second
+
 
 @dataclass(slots=True)
 class Attempt:
@@ -36,6 +38,15 @@ class Attempt:
     cause: ClipError | None = None
     requests: int = 0
     fetched_bytes: int = 0
+
+
+def attempt_s(length: int, deadline_s: float) -> float:
+    """How long one attempt may take, of the deadline that a reader has.
+
+    Only a part, so that a dead registry is known as such while readers still wait and the next
+    ones need not find out for themselves; more for long ranges, for the sake of slow links.
+    """
+    return min(deadline_s, deadline_s / 4 + length / SLOWEST_LINK)
 
 
 def memory_needed(table: SpanTable, run: list[Part]) -> int:
@@ -56,7 +67,7 @@ def fetch_run(
 ) -> Attempt:
     """Fetches the `wanted` spans of a run; `land` gets each as soon as it was verified.
 
-    `deadline_s` is for each request: long ranges take several.
+    `deadline_s` is what a reader has; long ranges take several requests.
     Never raises for what sources and disks do.
     """
     attempt = Attempt()
@@ -82,7 +93,7 @@ def _fetch(
     source: SpanSource, start: int, length: int, deadline_s: float, attempt: Attempt
 ) -> bytes:
     attempt.requests += 1
-    data = source.fetch(start, length, time.monotonic() + deadline_s)
+    data = source.fetch(start, length, time.monotonic() + attempt_s(length, deadline_s))
     if len(data) != length:
         raise LayerError(f"{source.name}: bytes {start}+{length}: got {len(data)} bytes")
     attempt.fetched_bytes += length

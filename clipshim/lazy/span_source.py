@@ -6,7 +6,6 @@ Not for decoding or verifying: a source is trusted with nothing.
 from __future__ import annotations
 
 import os
-import time
 from typing import TYPE_CHECKING, Protocol
 
 from clipshim.errors import LayerError
@@ -99,9 +98,5 @@ class EmbeddedSource:
         return self._index.window(self._layer, span)
 
     def distrust(self) -> None:
-        """See SpanSource. There is no other."""
-
-
-def time_left(deadline: float) -> float:
-    """Seconds until a time.monotonic() based deadline, never negative."""
-    return max(0.0, deadline - time.monotonic())
+        """See SpanSource."""
+        # There is no other server.

@@ -86,11 +86,9 @@ class MadeSource:
         self.before: Callable[[int], None] | None = None  # gets the start, in the fetch thread
         self.error: Exception | None = None
         self.lie = False
+        self.distrusted = 0
         self.gate: threading.Event | None = None
         self._lock = threading.Lock()
-
-    def distrust(self) -> None:
-        """See SpanSource. There is no other."""
 
     def fetch(self, start: int, length: int, deadline: float) -> bytes:
         with self._lock:
@@ -108,6 +106,9 @@ class MadeSource:
 
     def window(self, span: Span) -> bytes | None:
         return None
+
+    def distrust(self) -> None:
+        self.distrusted += 1
 
     @property
     def fetched_bytes(self) -> int:

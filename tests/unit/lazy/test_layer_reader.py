@@ -186,6 +186,7 @@ def test_one_lie_is_made_good_by_asking_again(tmp_path: Path) -> None:
     async def main() -> None:
         async with reading(tmp_path, layer, source) as reader:
             assert bytes(await reader.read(0, 100)) == layer.data[:100]
+            assert source.distrusted == 1
 
     trio.run(main)
 
