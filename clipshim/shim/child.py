@@ -5,14 +5,14 @@ descriptor (ours are close-on-exec), the caller's environment, signal mask and p
 """
 
 import os
-import signal
-
-from clipshim.mounts import syscalls
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import signal
     from collections.abc import Sequence
     from typing import NoReturn
+else:
+    import _signal as signal  # the C half only: `signal` builds enums, 3 ms
 
 _SI_USER = 0  # asm-generic/siginfo.h: from here down a process sent it, above the kernel did
 _FORWARDED = (
@@ -97,6 +97,8 @@ def _exec_in_child(
 ) -> None:
     try:
         # an engine that dies takes the runtime with it (containerd sets PDEATHSIG on us)
+        from clipshim.mounts import syscalls  # loaded already where there is an index
+
         syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         replace(program, arguments)

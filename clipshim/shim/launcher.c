@@ -3,6 +3,7 @@
  *
  *   a verb of runc's that is not ours       execve(runc), arguments and environment untouched
  *   create, run, restore, delete, checkpoint python3 -I -S …/clipshim/shim/main.py
+ *   hook, which OCI hooks call               the same
  *   a command of clipshim's own              python3 -I -m clipshim.cli
  *
  * It is in C because engines call the runtime four to six times a container, and for every health
@@ -534,6 +535,8 @@ int main(int argc, char **argv)
     if (found == HELP || found == NOTHING ||
         (found == VERB && is_one_of(argv[index], strlen(argv[index]), own_commands)))
         run_python(self, "", argv, true);
+    if (found == VERB && !strcmp(argv[index], "hook"))
+        run_python(self, "", argv, false);
     read_config(&config);
     if (!config.certain || !find_runtime(&config, self, runtime))
         run_python(self, "", argv, false); /* it says what is wrong, or knows better */

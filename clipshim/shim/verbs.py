@@ -92,6 +92,10 @@ def _dispatch(call: Call) -> int:
 
     line = call.line
     verb = line.verb
+    if verb == "hook":
+        from clipshim.shim import hook
+
+        return hook.run(call.settings, call.arguments[line.verb_index + 1 :])
     asks_help = line.switches & {"help", "version"}
     if not line.understood or asks_help or not is_valid_id(line.container_id):
         call.hand_over()
