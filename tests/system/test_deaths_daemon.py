@@ -150,3 +150,21 @@ def test_a_complete_image_outlives_its_registry_and_every_process(
         node.start()
         assert node_trees.mount(node, clip, "c2")["tree"] == tree
         assert node.mounts().count(tree) == 1
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_layers_mount_that_somebody_aborted_is_made_anew(
+    make_node: Callable[..., Node], image: Image, mode: str
+) -> None:
+    node = make_node(mode=mode)
+    node.start()
+    clip = node_trees.index(node, image[0])
+    tree = node_trees.mount(node, clip, "c1")["tree"]
+    before = node_trees.daemon_ids(node)["generation"]
+    # aborts the connection even if the mount is busy
+    subprocess.run(["umount", "--force", f"{node.run_dir}/layers"], check=False)
+    wait_for("another connection", lambda: node_trees.daemon_ids(node)["generation"] != before)
+    assert node_trees.mount(node, clip, "c2")["tree"] == tree
+    with node_trees.Reader(node, tree, image[1]) as reader:
+        reader.wait_rounds(1)
+    assert "layers mount is gone" in node.log_tail(200)
