@@ -139,13 +139,20 @@ class LayerReader:
 
     async def _from_store(self, offset: int, size: int) -> bytearray | None:
         try:
-            return self.stored.read(offset, size, nowait=True)
-        except BlockingIOError:
-            data = await trio.to_thread.run_sync(
-                self.stored.read, offset, size, limiter=self._fetching.disk_limiter
+            try:
+                return self.stored.read(offset, size, nowait=True)
+            except BlockingIOError:
+                data = await trio.to_thread.run_sync(
+                    self.stored.read, offset, size, limiter=self._fetching.disk_limiter
+                )
+                assert data is None or isinstance(data, bytearray)
+                return data
+        except OSError as exc:
+            self._fetching.limited_log.error(
+                (self.key, "disk"), f"layer {self.layer.diff_id}: store: {exc}: fetched again"
             )
-            assert data is None or isinstance(data, bytearray)
-            return data
+            self.stored.suspect(offset, size)
+            return None
 
     async def _collect(self, offset: int, size: int, first: int, last: int) -> Data:
         deadline = trio.current_time() + self._fetching.deadline_s

@@ -225,6 +225,13 @@ class StoredLayer:
             yield piece
             start += len(piece)
 
+    def suspect(self, offset: int, size: int) -> None:
+        """The disk failed to give a range: its spans are checked, or fetched, again."""
+        if size > 0 and offset < self.size:
+            first, last = self.find(offset), self.find(min(offset + size, self.size) - 1)
+            with self._lock:
+                self._suspects.update(span for span in range(first, last + 1) if self.has(span))
+
     def verify_suspect(self, span: int) -> bool:
         """Checks a suspect against its digest; what does not match is forgotten. Blocking."""
         entry = self.spans[span]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import random
 import threading
 from typing import TYPE_CHECKING
@@ -409,5 +411,26 @@ def test_digest_errors_name_layer_span_and_both_digests(tmp_path: Path) -> None:
             expected = layer.table[0].digest.hex()
             with pytest.raises(DigestError, match=f"span 0: expected digest {expected}, got "):
                 await reader.read(0, 10)
+
+    trio.run(main)
+
+
+def test_a_disk_that_fails_to_read_is_made_good_by_fetching(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = MadeLayer(MIB)
+    source = MadeSource(layer)
+
+    async def main() -> None:
+        async with reading(tmp_path, layer, source) as reader:
+            assert bytes(await reader.read(100, 50)) == layer.data[100:150]
+
+            def fail(*_: object, **__: object) -> bytearray:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+            with monkeypatch.context() as patch:
+                patch.setattr(reader.stored, "_pread", fail)
+                assert bytes(await reader.read(100, 50)) == layer.data[100:150]
+            assert len(source.requests) == 2
 
     trio.run(main)
