@@ -48,7 +48,11 @@ def mount_erofs_fd(meta_path: str, devices: "Sequence[str]") -> int:
         syscalls.fsconfig_create(context)
         return syscalls.fsmount(context, MOUNT_ATTRIBUTES)
     except OSError as exc:
-        raise MountError(f"erofs image {meta_path}: {exc}", hint=_hint(exc)) from exc
+        detail = f"{exc}"
+        if exc.errno == errno.ENOENT:  # the kernel does not say which
+            lost = [path for path in (meta_path, *devices) if not os.path.exists(path)]
+            detail += f": {', '.join(lost[:3])}" if lost else ""
+        raise MountError(f"erofs image {meta_path}: {detail}", hint=_hint(exc)) from exc
     finally:
         os.close(context)
 

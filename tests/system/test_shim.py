@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from clipshim.mounts import erofs
 from clipshim.shim import state, trace
 from tests.support import images
 from tests.support.node import CLIPSHIM, Node, wait_for
 from tests.support.runtimes import Runtime, write_bundle
+from tests.support.skips import kernel_cannot
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -222,6 +224,27 @@ def test_fuse_overlayfs_when_configured(
         path = bundle(["/bin/sh", "-c", "echo new >/new; cat /new; id -u; ls /bin/busybox"])
         done = runtime("run", "-b", path, "box")
         assert done.stdout.split() == ["new", "0", "/bin/busybox"]
+    assert_clean(node)
+
+
+@pytest.mark.parametrize("mode", ["erofs", "fuse"])
+def test_both_modes(
+    mode: str, make_node: Callable[..., Node], tmp_path: Path, bundle: Callable[..., Path]
+) -> None:
+    if mode == "erofs" and (reason := erofs.probe_erofs(str(tmp_path))):
+        kernel_cannot(reason)
+    node = make_node(mode=mode)
+    with Runtime.clipshim(tmp_path / "root", node) as runtime:
+        path = bundle(["/bin/sh", "-c", "ls /bin/busybox; stat -c %h /proc /usr; echo x >/etc/new"])
+        runtime.quietly("create", "-b", path, "box")
+        key = state.container_key("box", str(runtime.root))
+        recorded = json.loads((node.run_dir / key / "state.json").read_text())
+        assert recorded["mode"] == mode
+        runtime("delete", "--force", "box")
+        done = runtime("run", "-b", path, "box")
+        name, *links = done.stdout.split()
+        assert name == "/bin/busybox"
+        assert all(int(count) >= 2 for count in links)
     assert_clean(node)
 
 
