@@ -62,7 +62,8 @@ _KINDS = {  # entry type: (S_IFMT >> 12, file_type of a name)
     SYMLINK: (0o12, 7),
 }
 _MAX_BLOCKS = NULL_ADDR  # 32-bit block addresses: layers of 2 TiB
-_MAX_COPIED = 64 << 20  # blocks of one sparse file that is copied into the image
+_MAX_COPIED = 64 << 20  # blocks of sparse files that are copied into the image
+_MAX_CHUNKS = 8 << 20  # of all files; one each but for sparse files
 _HIDDEN_XATTR = b"trusted.overlay."  # would speak to the overlayfs above the tree
 
 
@@ -110,6 +111,7 @@ class _Writer:
         self._layer_sizes = layer_sizes
         self._inodes: list[_Inode] = []
         self._by_node: dict[int, _Inode] = {}
+        self._chunks = self._copied = 0
         self._collect(tree.root)
         times = Counter(inode.node.entry.mtime_ns for inode in self._inodes)
         # Inodes that have the commonest time take 32 bytes, the others 64.
@@ -188,8 +190,9 @@ class _Writer:
         entry, layer = inode.node.entry, inode.node.layer
         inode.layout = CHUNK_BASED
         if entry.stored is not None:
-            bits, inode.table, inode.blocks = _stored_chunks(entry)
+            bits, inode.table, inode.blocks = _stored_chunks(entry, _MAX_COPIED - self._copied)
             inode.own = len(inode.blocks)
+            self._copied += inode.own
         else:
             limit = self._layer_sizes[layer]
             pieces = [(0, entry.size)] if entry.sparse is None else entry.sparse
@@ -202,6 +205,9 @@ class _Writer:
             if found is None:
                 raise LayerError(f"layer {layer}: entry {entry.name!r}: sparse data unaligned")
             bits = found
+            self._chunks += -(-entry.size >> bits)
+            if self._chunks > _MAX_CHUNKS:
+                raise LayerError(f"layer {layer}: entry {entry.name!r}: too many sparse chunks")
             inode.table = _chunk_table(entry.size, pieces, entry.data_offset, bits, layer + 1)
         inode.union = CHUNK_FORMAT_INDEXES | (bits - BLOCK_BITS)
 
@@ -361,8 +367,11 @@ def _chunk_table(
     return bytes(table + hole * (-(-size >> bits) - done))
 
 
-def _stored_chunks(entry: TarEntry) -> tuple[int, bytes, bytes]:
-    """Chunk bits, table relative to the first block, and blocks of a file that is copied."""
+def _stored_chunks(entry: TarEntry, limit: int) -> tuple[int, bytes, bytes]:
+    """Chunk bits, table relative to the first block, and blocks of a file that is copied.
+
+    LayerError if it needs more than `limit` bytes of blocks.
+    """
     assert entry.stored is not None
     bits = 12
     while -(-entry.size >> bits) > MAX_CHUNK_TABLE // 64:
@@ -376,12 +385,14 @@ def _stored_chunks(entry: TarEntry) -> tuple[int, bytes, bytes]:
         while offset < end:
             chunk, inside = offset >> bits, offset & ((1 << bits) - 1)
             taken = min(end - offset, (1 << bits) - inside)
-            buffer = chunks.setdefault(chunk, bytearray(1 << bits))
+            buffer = chunks.get(chunk)
+            if buffer is None:
+                buffer = chunks[chunk] = bytearray(1 << bits)
+                if len(chunks) << bits > limit:
+                    raise LayerError(f"entry {entry.name!r}: sparse data spread too thinly")
             buffer[inside : inside + taken] = entry.stored[position : position + taken]
             position += taken
             offset += taken
-        if len(chunks) << bits > _MAX_COPIED:
-            raise LayerError(f"entry {entry.name!r}: unaligned sparse file spread too thinly")
     table = bytearray()
     done = 0
     for number, chunk in enumerate(sorted(chunks)):

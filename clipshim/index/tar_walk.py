@@ -31,6 +31,7 @@ MAX_EXTENSION_BYTES = 1 << 20  # a PAX header, a long name, a sparse map; archiv
 MAX_STORED_BYTES = 16 << 20  # sparse data of one layer that does not lie on block boundaries
 MAX_ENTRIES = 2_000_000  # of one layer
 MAX_EXTENSIONS_BYTES = 512 << 20  # of one layer, in all
+MAX_PIECES = 1_000_000  # of all sparse files of a layer
 MAX_SIZE = 1 << 50
 MAX_NAME = 255  # linux/limits.h NAME_MAX
 MAX_PATH = 4095  # linux/limits.h PATH_MAX, without the final NUL
@@ -110,7 +111,7 @@ class TarWalker:
         self._zero_seen = False
         self._after = 0  # stream offset behind the block that a step handles
         self._numbers: dict[bytes, int] = {}
-        self._stored_total = self._extensions_total = 0
+        self._stored_total = self._extensions_total = self._pieces_total = 0
         self._forget()
         # what a sparse file needs until its map is complete
         self._sparse_entry: TarEntry | None = None
@@ -474,6 +475,9 @@ class TarWalker:
             entry.sparse = checked(self._pieces, entry.size, total)
         except ValueError as exc:
             self._fail(f"damaged sparse map: {exc}", entry.name)
+        self._pieces_total += len(self._pieces)
+        if self._pieces_total > MAX_PIECES:
+            self._fail(f"sparse files of the layer have more than {MAX_PIECES} pieces", entry.name)
         entry.data_offset = self._after
         self._pieces = []
         self._add(entry)

@@ -288,3 +288,18 @@ def test_reading_through_a_memory_map_is_the_same(tmp_path: Path) -> None:
         assert paths(image) == paths(tree_of(*SAMPLE))
         assert image.readlink(find(image, b"link")) == b"etc/file"
         mapped.close()
+
+
+def test_sparse_files_cannot_make_an_image_grow_without_bound() -> None:
+    spread = [TarEntry(b"%d" % n, REGULAR, 0o600, 0, 0, 1 << 30, 0) for n in range(20)]
+    for entry in spread:
+        entry.sparse = [(number << 18, 1) for number in range(1, 1000)]
+        entry.stored = bytes(999)
+    with pytest.raises(LayerError, match="spread too thinly"):
+        write_erofs(merge([spread]), [0])
+    fine = [TarEntry(b"%d" % n, REGULAR, 0o600, 0, 0, 1 << 30, 0) for n in range(5)]
+    for entry in fine:
+        entry.sparse = [(512, 512)]
+        entry.data_offset = 512
+    with pytest.raises(LayerError, match="too many sparse chunks"):
+        write_erofs(merge([fine]), [1024])

@@ -329,6 +329,9 @@ def test_bounds_of_a_layer_hold(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tar_walk, "MAX_ENTRIES", 3)
     with pytest.raises(LayerError, match="more than 3 entries"):
         entries(layer(*(member(str(number)) for number in range(4))))
+    monkeypatch.setattr(tar_walk, "MAX_PIECES", 3)
+    with pytest.raises(LayerError, match="more than 3 pieces"):
+        entries(layer(*[member("x", sparse_map((1, 1), (2, 1)) + b"xy", pax=SPARSE_1_0)] * 2))
     monkeypatch.setattr(tar_walk, "MAX_STORED_BYTES", 5)
     with pytest.raises(LayerError, match="expected at most 5 bytes"):
         entries(layer(member("x", sparse_map((10, 6)) + b"sparse", pax=SPARSE_1_0)))
