@@ -24,6 +24,7 @@ from clipshim.settings import load_settings
 from tests.support.node import wait_for
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from tests.support.node import Node
@@ -116,23 +117,28 @@ def index(node: Node, reference: str) -> Path:
     return path
 
 
-def mount(node: Node, clip: Path, container: str, **fields: Any) -> dict[str, Any]:
-    """Has the tree of an index mounted for `container`; the daemon's answer."""
+def mount(
+    node: Node, clip: Path, container: str, *, origin: str | None = None, **fields: Any
+) -> dict[str, Any]:
+    """Has the tree of an index file mounted for `container`; the daemon's answer."""
+    source = {"fd": True, "origin": origin or str(clip)}
     fd = os.open(clip, os.O_RDONLY)
     try:
-        answer, tree = call_for_fd(
-            load_settings(str(node.config)),
-            {
-                "op": "mount",
-                "container": container,
-                "source": {"fd": True, "origin": str(clip)},
-                **fields,
-            },
-            fds=[fd],
-            start=False,
-        )
+        return mount_source(node, source, container, fds=[fd], **fields)
     finally:
         os.close(fd)
+
+
+def mount_source(
+    node: Node, source: dict[str, Any], container: str, *, fds: Sequence[int] = (), **fields: Any
+) -> dict[str, Any]:
+    """Has a tree mounted; the daemon's answer, as it raises it."""
+    answer, tree = call_for_fd(
+        load_settings(str(node.config)),
+        {"op": "mount", "container": container, "source": source, **fields},
+        fds=fds,
+        start=False,
+    )
     assert tree is not None
     os.close(tree)
     return answer
