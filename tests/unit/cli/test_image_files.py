@@ -1,0 +1,147 @@
+"""Single files of an image, read through its index: links stay inside, bytes are verified."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tarfile
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import pytest
+
+from clipshim.cli.image_files import ImageFiles
+from clipshim.errors import DigestError, UsageError
+from clipshim.index.builder import BuildOptions, build_index
+from clipshim.index.model import open_index
+from clipshim.registry.access import RegistryAccess
+from clipshim.registry.sources import LayerDescriptor
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+PASSWD = b"root:x:0:0::/:/bin/sh\n"
+LARGE = bytes(range(256)) * 2048  # 512 KiB: more than one span at the closest spacing
+LINKS = {
+    "etc/passwd": "../../../../real/passwd",
+    "absolute": "/real/passwd",
+    "chain": "absolute",
+    "loop": "loop",
+    "dir": "real",
+    "nowhere": "/no/such",
+}
+
+
+class OneLayer:
+    """An image of one plain layer, as build_index wants it."""
+
+    reference = "localhost/test:1"
+    platform = "linux/amd64"
+
+    def __init__(self, layer: bytes) -> None:
+        digest = f"sha256:{hashlib.sha256(layer).hexdigest()}"
+        self._layer = layer
+        self.layers = [
+            LayerDescriptor(digest, len(layer), "application/vnd.oci.image.layer.v1.tar")
+        ]
+        self.config_raw = json.dumps(
+            {"os": "linux", "architecture": "amd64", "rootfs": {"diff_ids": [digest]}}
+        ).encode()
+        self.manifest_raw = b"{}"
+        self.manifest_digest = f"sha256:{hashlib.sha256(self.manifest_raw).hexdigest()}"
+
+    @contextmanager
+    def open_layer(self, i: int) -> Iterator[BinaryIO]:
+        """The layer's bytes."""
+        assert i == 0
+        yield io.BytesIO(self._layer)
+
+
+def layer() -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for name, content in (("real/passwd", PASSWD), ("large", LARGE), ("empty", b"")):
+            info = tarfile.TarInfo(name)
+            info.size, info.mode, info.uid, info.gid, info.mtime = len(content), 0o640, 1, 2, 3
+            archive.addfile(info, io.BytesIO(content))
+        for name, target in LINKS.items():
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = tarfile.SYMTYPE, target
+            archive.addfile(info)
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def index_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("image") / "index.clip"
+    build_index(OneLayer(layer()), path, BuildOptions(embed=True, spacing=64 << 10))
+    return path
+
+
+@pytest.fixture
+def files(index_path: Path) -> Iterator[ImageFiles]:
+    with open_index(index_path) as index, ImageFiles(index, RegistryAccess()) as opened:
+        yield opened
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/real/passwd", "etc/passwd", "/etc/../etc/passwd", "/absolute", "/chain", "/dir/passwd"],
+)
+def test_links_lead_to_files_inside_of_the_image(files: ImageFiles, path: str) -> None:
+    assert files.read(path) == PASSWD
+
+
+@pytest.mark.parametrize(
+    "path", ["/no/such", "/loop", "/nowhere", "/real", "/real/passwd/more", "/", ""]
+)
+def test_what_is_no_file_is_none(files: ImageFiles, path: str) -> None:
+    assert files.read(path) is None
+
+
+def test_a_file_of_several_spans_is_put_together(files: ImageFiles) -> None:
+    assert files.read("/large") == LARGE
+    assert files.read("/empty") == b""
+
+
+def test_a_file_larger_than_expected_is_refused(files: ImageFiles) -> None:
+    with pytest.raises(UsageError, match="larger than 100"):
+        files.read("/large", limit=100)
+
+
+def test_entries_carry_their_attributes(files: ImageFiles) -> None:
+    entry = files.entry("/etc/passwd")
+    assert entry is not None
+    assert (entry.mode & 0o7777, entry.uid, entry.gid, entry.mtime_ns) == (0o640, 1, 2, 3 * 10**9)
+    directory = files.entry("/real")
+    assert directory is not None
+    assert directory.content == b""
+    assert files.is_directory("/dir")
+    assert not files.is_directory("/etc/passwd")
+
+
+def test_bytes_that_are_not_the_indexed_ones_are_refused(
+    files: ImageFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fetch(_layer: int, _start: int, length: int) -> bytes:
+        return bytes(length)
+
+    monkeypatch.setattr(files, "_fetch", fetch)
+    with pytest.raises(DigestError, match="expected digest"):
+        files.read("/real/passwd")
+
+
+def test_a_span_is_fetched_once(files: ImageFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    fetched: list[tuple[Any, ...]] = []
+    original = files._fetch
+
+    def fetch(layer: int, start: int, length: int) -> bytes:
+        fetched.append((layer, start))
+        return original(layer, start, length)
+
+    monkeypatch.setattr(files, "_fetch", fetch)
+    for _ in range(3):
+        files.read("/real/passwd")
+    assert len(fetched) == len(set(fetched))
