@@ -54,7 +54,8 @@ def tiny_reference(registry: TestRegistry, tiny: Image) -> str:
 @pytest.fixture(scope="session")
 def debian_clip(run_root: Path, debian_reference: str) -> Path:
     """The index of the Debian image, made once."""
-    path = run_root / "debian.clip"
+    path = run_root / "indexes" / "debian.clip"
+    path.parent.mkdir()
     with Node(run_root / "indexer") as node:
         node.clipshim("index", debian_reference, path)
     return path

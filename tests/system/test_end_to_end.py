@@ -5,13 +5,12 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.support import images
+from tests.support import images, leftovers
 from tests.support.node import Node, wait_for
 from tests.support.registry import running_registry
 from tests.support.runtimes import Runtime, write_bundle
@@ -293,11 +292,13 @@ def test_a_dead_registry_is_an_error_in_time_and_leaves_nothing(
 def test_state_on_memory_backed_storage_is_refused(
     make_node: Callable[..., Node], tmp_path: Path, debian_clip: Path, bundle: Callable[..., Path]
 ) -> None:
-    shm = f"/dev/shm/{os.environ['CLIPSHIM_TEST_RUN']}"
-    node = make_node(state_dir=shm, index_dirs=[str(debian_clip.parent)])
-    with Runtime.clipshim(tmp_path / "root", node) as runtime:
-        try:
-            failed(runtime("run", "--bundle", bundle(SLEEP), "x", check=False), shm)
-        finally:
-            node.stop()
-            images.run("rm", "-rf", shm)
+    memory = tmp_path / "memory"
+    memory.mkdir()
+    images.run("mount", "-t", "tmpfs", "clipshim-test", memory)
+    node = make_node(state_dir=str(memory), index_dirs=[str(debian_clip.parent)])
+    try:
+        with Runtime.clipshim(tmp_path / "root", node) as runtime:
+            failed(runtime("run", "--bundle", bundle(SLEEP), "x", check=False), str(memory))
+    finally:
+        node.stop()
+        leftovers.unmount_below(memory)
