@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 READY_TIMEOUT_S = 120.0
+NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 START_ATTEMPTS = 5  # the free port may be taken by another program before the registry binds it
 
 
@@ -141,7 +142,7 @@ def _wait_ready(process: subprocess.Popen[bytes], port: int) -> bool:
         if process.poll() is not None:
             return False
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/v2/", timeout=10):
+            with NO_PROXY.open(f"http://127.0.0.1:{port}/v2/", timeout=10):
                 return True
         except urllib.error.HTTPError as answer:
             with answer:

@@ -28,7 +28,7 @@ from clipshim.registry.references import parse_reference
 from clipshim.registry.sources import ImageSource, open_source
 from clipshim.registry.stubs import StubFile, build_stub
 from tests.support.fault_proxy import Fault, FaultProxy
-from tests.support.registry import TestRegistry, run_tool, running_registry
+from tests.support.registry import NO_PROXY, TestRegistry, run_tool, running_registry
 from tests.unit.registry.layouts import (
     OCI_INDEX,
     OCI_MANIFEST,
@@ -460,7 +460,7 @@ def test_a_bad_day_of_a_registry_costs_time_but_no_byte(
 
 def get_json(url: str, accept: str) -> dict[str, Any]:
     request = urllib.request.Request(url, headers={"Accept": accept})
-    with urllib.request.urlopen(request, timeout=PATIENCE_S) as answer:
+    with NO_PROXY.open(request, timeout=PATIENCE_S) as answer:
         document = json.load(answer)
     assert isinstance(document, dict)
     return document
