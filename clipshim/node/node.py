@@ -197,8 +197,12 @@ class Node:
 
     async def take_over(self, records: list[TreeRecord]) -> None:
         """Finds what is mounted and who uses it."""
-        await self.trees.take_over(records)
-        for container in await trio.to_thread.run_sync(read_containers, self.settings.run_dir):
+        containers = await trio.to_thread.run_sync(read_containers, self.settings.run_dir)
+        users: dict[str, list[str]] = {}
+        for container in containers:
+            users.setdefault(container.image_id, []).append(container.cid)
+        await self.trees.take_over(records, users)
+        for container in containers:
             if container.image_id:
                 self.trees.hold(container.image_id, container.text("key") or container.cid)
         for hold, image_id in self.hand_mounts.all().items():

@@ -126,8 +126,11 @@ class TreeMounts:
                 self._show(record)
         return records
 
-    async def take_over(self, records: list[TreeRecord]) -> None:
-        """Finds out which of the records are mounted, and takes dead mounts away."""
+    async def take_over(self, records: list[TreeRecord], users: dict[str, list[str]]) -> None:
+        """Finds out which of the records are mounted, and takes dead mounts away.
+
+        `users` are the containers by image, for telling which of them cannot be repaired.
+        """
         await self._worker.settle()
         mounted = {mount.mount_point for mount in mountinfo.read_mounts()}
         for record in records:
@@ -144,8 +147,12 @@ class TreeMounts:
             if target in mounted:
                 log.warning(
                     "tree was mounted by a daemon that died whole: its containers cannot read what"
-                    " was not cached",
-                    extra={"image_id": record.image_id, "reference": record.reference},
+                    " was not cached, restart them",
+                    extra={
+                        "image_id": record.image_id,
+                        "reference": record.reference,
+                        "containers": ",".join(users.get(record.image_id, [])) or "none",
+                    },
                 )
             try:
                 await self._forget(record)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -103,10 +104,15 @@ def test_when_all_die_the_next_daemon_repairs_and_says_what_it_cannot(
     node = make_node(mode=mode)
     node.start()
     clip = node_trees.index(node, image[0])
-    tree = node_trees.mount(node, clip, "c1")["tree"]
+    answer = node_trees.mount(node, clip, "c1")
+    tree = answer["tree"]
+    (node.run_dir / "c1").mkdir()
+    state = {"version": 1, "id": "c1", "root": "/", "image_id": answer["image_id"]}
+    (node.run_dir / "c1" / "state.json").write_text(json.dumps(state))
     node_trees.kill_everything(node)
     node.start()
     assert "dead layers mount" in node.log_tail(200)
+    assert "containers=c1" in node.log_tail(200)
     answer = node_trees.mount(node, clip, "c2")
     assert answer["tree"] == tree
     assert node.mounts().count(tree) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -11,6 +12,8 @@ import socket
 import subprocess
 import sys
 import threading
+import urllib.error
+import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -342,3 +345,28 @@ def test_without_fuse_an_image_is_unpacked_if_so_configured(
     finally:
         keeper.kill()
         keeper.wait()
+
+
+def test_metrics_are_served_on_a_loopback_port(make_node: Callable[..., Node]) -> None:
+    for _ in range(5):  # another program may take the port first
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        node = make_node(metrics_address=f"127.0.0.1:{port}")
+        node.start()
+
+        def tried(node: Node = node, port: int = port) -> str | None:
+            if "metrics at" in node.log_tail(200):
+                return "taken"
+            url = f"http://127.0.0.1:{port}/metrics"
+            with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=60) as page:
+                return str(page.read().decode())
+            return None
+
+        text = wait_for("the metrics page", tried)
+        if text != "taken":
+            assert "clipshim_container_starts_total" in text
+            with pytest.raises(urllib.error.HTTPError, match="404"):
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=60)
+            return
+    raise AssertionError("no port was free")
