@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from clipshim.registry.access import RegistryAccess
+from clipshim.registry.artifacts import push_index
 from tests.support.images import debian_root
 from tests.support.node import CLIPSHIM, Node, wait_for
 from tests.support.registry import TestRegistry, running_registry
@@ -212,6 +214,26 @@ def test_an_index_travels_through_the_registry(
     pulled = document(receiver, "pull", reference)
     assert pulled["digest"] == made["digest"]
     assert document(receiver, "inspect", reference)["digest"] == made["digest"]
+
+
+def test_an_index_of_another_image_is_not_pulled(
+    node: Node, registry: TestRegistry, tiny: Image
+) -> None:
+    """The repository's writers can attach any file; it must not become the image's index."""
+    reference = registry.push_layout(tiny.layout, "victim:1", tag="test")
+    other = registry.push_layout(tiny.layout, "other:1", tag="test")
+    made = document(node, "index", other)
+    push_index(made["index"], reference, access=RegistryAccess())
+    assert "its index is of" in failure(node, "pull", reference)
+    assert reference not in (node.state_dir / "indexes/names.json").read_text()
+
+
+def test_an_index_is_pushed_only_where_its_image_is(
+    node: Node, registry: TestRegistry, tiny: Image, debian_reference: str
+) -> None:
+    reference = registry.push_layout(tiny.layout, "only-there:1", tag="test")
+    node.clipshim("index", reference, "-q")
+    assert "does not have" in failure(node, "push", reference, debian_reference)
 
 
 def test_a_missing_index_in_the_registry_is_an_error(
