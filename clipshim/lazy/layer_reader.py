@@ -49,6 +49,7 @@ DENIALS = (AuthError, NotFoundError, PolicyError)
 LASTING = (*DENIALS, DigestError, SpanDecodeError)
 FAIL_FAST_S = 1.0  # after a denial readers get it at once, and no request is made
 RETRY_PAUSE_S = 0.1
+LAUNCHED_SPANS = 64  # of one read at once
 
 
 class Recorder(Protocol):
@@ -121,7 +122,8 @@ class LayerReader:
                     self._launch(ahead, AHEAD)
             else:
                 self.statistics.misses += 1
-                self._launch(self.stored.missing(offset, size), DEMAND)
+                # the rest, if a hostile index has that many, as their turn comes
+                self._launch(self.stored.missing(offset, size)[:LAUNCHED_SPANS], DEMAND)
                 self._launch(ahead, AHEAD)
                 data = await self._collect(offset, size, first, last)
         except Exception as exc:

@@ -113,3 +113,32 @@ def test_what_is_not_our_protocol_is_refused(request_: bytes) -> None:
 def test_a_kernel_without_resend_is_no_error(tmp_path: object) -> None:
     with open(os.devnull, "rb") as file:  # cannot be written
         assert not fuse_session.request_resend(file.fileno())
+
+
+def test_the_main_loop_starts_again_whatever_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    ends: list[Exception | None] = [
+        ExceptionGroup("", [OSError(errno.EAGAIN, "a request was withdrawn")]),
+        OSError(errno.ENOMEM, "no memory"),
+        None,
+    ]
+    resent = []
+
+    async def main_once(**_: object) -> None:
+        await trio.lowlevel.checkpoint()
+        end = ends.pop(0)
+        if end is not None:
+            raise end
+
+    def resend(fd: int) -> bool:
+        resent.append(fd)
+        return True
+
+    monkeypatch.setattr("pyfuse3.main", main_once)
+    monkeypatch.setattr(fuse_session, "request_resend", resend)
+
+    async def main() -> None:
+        await fuse_session._main_loop(7, resend=lambda: True)
+
+    trio.run(main)
+    assert not ends
+    assert resent == [7, 7]

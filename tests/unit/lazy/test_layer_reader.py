@@ -14,6 +14,7 @@ import trio
 import trio.testing
 
 from clipshim.errors import AuthError, ClipError, DigestError, RegistryError
+from clipshim.lazy import layer_reader
 from clipshim.lazy.fetching import Fetching
 from clipshim.lazy.layer_reader import LayerReader
 from clipshim.lazy.layer_store import LayerStore
@@ -193,7 +194,10 @@ def test_one_lie_is_made_good_by_asking_again(tmp_path: Path) -> None:
     trio.run(main)
 
 
-def test_a_refusal_is_an_error_at_once_and_passes(tmp_path: Path) -> None:
+def test_a_refusal_is_an_error_at_once_and_not_asked_for_again_by_each_reader(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layer_reader, "FAIL_FAST_S", 3600.0)
     layer = MadeLayer(MIB)
     source = MadeSource(layer)
     source.error = AuthError("denied")
@@ -203,13 +207,37 @@ def test_a_refusal_is_an_error_at_once_and_passes(tmp_path: Path) -> None:
             for _ in range(5):
                 with pytest.raises(AuthError):
                     await reader.read(0, 100)
-            assert len(source.requests) < 5  # not one request a reader
+            assert len(source.requests) == 1
+            # an image that may read it is mounted
+            reader.add_source(MadeSource(layer, name="registry.test/other"))
+            assert bytes(await reader.read(0, 100)) == layer.data[:100]
+
+    trio.run(main)
+
+
+def test_a_refusal_fades(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer_reader, "FAIL_FAST_S", 0.0)
+    layer = MadeLayer(MIB)
+    source = MadeSource(layer)
+    source.error = AuthError("denied")
+
+    async def main() -> None:
+        async with reading(tmp_path, layer, source) as reader:
+            with pytest.raises(AuthError):
+                await reader.read(0, 100)
             source.error = None
-            while True:  # until the memory of the refusal fades
-                with contextlib.suppress(AuthError):
-                    assert bytes(await reader.read(0, 100)) == layer.data[:100]
-                    break
-                await trio.sleep(0.05)
+            assert bytes(await reader.read(0, 100)) == layer.data[:100]
+
+    trio.run(main)
+
+
+def test_a_read_over_many_small_spans_is_right(tmp_path: Path) -> None:
+    layer = MadeLayer(300_000, form="plain", span=512)
+    source = MadeSource(layer)
+
+    async def main() -> None:
+        async with reading(tmp_path, layer, source) as reader:
+            assert bytes(await reader.read(100, 250_000)) == layer.data[100:250_100]
 
     trio.run(main)
 
