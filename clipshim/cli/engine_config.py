@@ -68,6 +68,7 @@ def add_containerd(text: str, runtime: str) -> str:
         document, "plugins", CONTAINERD_CRI[int(version)], "containerd", "runtimes",
         where="config.toml",
     )  # fmt: skip
+    _keep_default_runtime(runtimes, document)
     entry = runtimes.get(NAME)
     fresh = tomlkit.table() if entry is None else entry
     wanted: dict[str, Any] = {
@@ -93,8 +94,23 @@ def add_containerd(text: str, runtime: str) -> str:
     return tomlkit.dumps(document)
 
 
+def _keep_default_runtime(runtimes: Any, document: Any) -> None:
+    """Names runc beside us where the file relied on containerd's built-in entry.
+
+    Naming any runtime replaces the built-in table (containerd 1.6 and 1.7, `config dump`), and
+    CRI does not start without its default runtime.
+    """
+    cri = document["plugins"][CONTAINERD_CRI[int(document["version"])]]
+    if "runc" in runtimes or cri["containerd"].get("default_runtime_name", "runc") != "runc":
+        return
+    runc = tomlkit.table()
+    runc.add(tomlkit.comment("containerd's own default, which naming a runtime hides"))
+    runc["runtime_type"] = "io.containerd.runc.v2"
+    runtimes["runc"] = runc
+
+
 def remove_containerd(text: str) -> str:
-    """config.toml without the runtime `clipshim`."""
+    """config.toml without the runtime `clipshim`; an entry for runc says what the default is."""
     document = _toml(text, "config.toml")
     cri = CONTAINERD_CRI.get(int(document.get("version", 1)))
     _prune(document, ["plugins", cri or "", "containerd", "runtimes", NAME])

@@ -105,6 +105,16 @@ def test_containerd_gets_a_runtime_and_loses_it(before: str, cri: str) -> None:
         assert tomllib.loads(removed) == tomllib.loads(before)
 
 
+def test_containerd_keeps_its_default_runtime() -> None:
+    def runtimes(text: str) -> set[str]:
+        document = tomllib.loads(edit.add_containerd(text, RUNTIME))
+        return set(document["plugins"][CRI_V2]["containerd"]["runtimes"])
+
+    assert runtimes("version = 2\n") == {"runc", "clipshim"}
+    other = f'version = 2\n[plugins."{CRI_V2}".containerd]\ndefault_runtime_name = "kata"\n'
+    assert runtimes(other) == {"clipshim"}
+
+
 def test_containerd_takes_the_cgroup_driver_from_runc() -> None:
     runtimes = tomllib.loads(edit.add_containerd(CONTAINERD_V2, RUNTIME))["plugins"][CRI_V2][
         "containerd"
