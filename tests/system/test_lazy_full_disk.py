@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 MIB = 1 << 20
 MNT_DETACH = 2
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a tmpfs")
-
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:

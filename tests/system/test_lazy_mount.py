@@ -31,10 +31,6 @@ READ_ALL = (
     "print(d.hexdigest())\n"
 )
 
-pytestmark = pytest.mark.skipif(
-    os.geteuid() != 0 or not os.path.exists("/dev/fuse"), reason="needs root and /dev/fuse"
-)
-
 
 class Served:
     """A mount with one layer and the means to start and kill its server."""

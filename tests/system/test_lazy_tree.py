@@ -26,10 +26,6 @@ if TYPE_CHECKING:
 CAPABILITY = struct.pack("<IIIII", 0x02000001, 1 << 13, 0, 0, 0)  # cap_net_raw+ep
 OPTIONS = ",allow_other,default_permissions"
 
-pytestmark = pytest.mark.skipif(
-    os.geteuid() != 0 or not os.path.exists("/dev/fuse"), reason="needs root and /dev/fuse"
-)
-
 
 def make_tar(path: Path) -> None:
     """A layer with everything that an image can hold, and a directory of many files."""

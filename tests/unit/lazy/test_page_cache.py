@@ -7,12 +7,13 @@ import errno
 import os
 from typing import TYPE_CHECKING
 
-import pytest
-
 from clipshim.lazy import page_cache
+from tests.support.skips import kernel_cannot
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    import pytest
 
 
 def test_what_was_just_written_is_cached_and_a_hole_is_not(tmp_path: Path) -> None:
@@ -23,7 +24,7 @@ def test_what_was_just_written_is_cached_and_a_hole_is_not(tmp_path: Path) -> No
         fd = file.fileno()
         cached = page_cache.is_cached(fd, 100, 5000)
         if not page_cache._known:
-            pytest.skip("this kernel has no cachestat (Linux 6.5)")
+            kernel_cannot("cachestat, Linux 6.5")
         assert cached
         assert not page_cache.is_cached(fd, 4096, 100_000)
         assert not page_cache.is_cached(fd, 0, 0)
