@@ -3,6 +3,8 @@
 import logging
 import os
 import time
+from dataclasses import replace
+from typing import Any
 
 import trio
 
@@ -150,12 +152,13 @@ class Node:
 
     def pin_again(self, record: TreeRecord) -> None:
         """After a restart: what is used directly must not be evicted. Blocking."""
-        if not record.pinned:
+        wanted = {*record.pinned, *record.kept}
+        if not wanted:
             return
         try:
             with open_index(self.images.path(record.digest)) as index:
                 for position, layer in enumerate(index.layers):
-                    if layer.key in record.pinned:
+                    if layer.key in wanted:
                         self._complete_device(index, position)
         except (ClipError, OSError) as exc:
             log.warning("tree %s: %s", record.image_id, exc)
@@ -192,6 +195,18 @@ class Node:
             return await self.unpacker.unpack(resolved, read, progress)
 
         return await self.trees.mount_directory(request, unpack)
+
+    async def complete(self, digest: str, progress: Progress) -> list[dict[str, Any]]:
+        """Fetches an image whole; while its tree is mounted, it stays so. Raises ClipError."""
+        layers = await self.prefetching.complete(digest, self.images.path(digest), progress)
+        for tree in self.trees.trees.values():
+            if tree.record is not None and tree.record.digest == digest:
+                keys = tuple(layer.key for layer in tree.record.layers)
+                tree.record = replace(tree.record, kept=keys)
+                await trio.to_thread.run_sync(self.records.write, tree.record)
+                await trio.to_thread.run_sync(self.pin_again, tree.record)
+                break
+        return layers
 
     # Life
 

@@ -137,9 +137,7 @@ class Operations:
                 f"image {image}: no index of it in the local store",
                 hint=f"make or fetch it: clipshim index {image}, clipshim pull {image}",
             )
-        # asked for by the node's owner, so with the node's credentials
-        path = node.images.path(digest)
-        layers = await node.prefetching.complete(digest, path, True, request.progress)
+        layers = await node.complete(digest, request.progress)
         return {"image": image, "index_digest": digest, "layers": layers}
 
     async def stop(self, request: Request) -> dict[str, Any]:

@@ -46,7 +46,7 @@ async def run(settings: Settings, arguments: str) -> None:
             else:
                 node.lazy = False
             await node.take_over(records)
-            life.trees = node.trees
+            life.recovered(node.trees)
             nursery.start_soon(keep_clean, node)  # before the first request could see garbage
             rpc = RpcServer(fds["listener"], Operations(node, life).table())
             await nursery.start(rpc.serve)

@@ -1,16 +1,13 @@
 """How a server ends: stopped for good, or making room for its successor."""
 
 import logging
-from typing import TYPE_CHECKING
 
 import trio
 
 from clipshim.errors import ClipError, DaemonError
 from clipshim.node.control import Message
 from clipshim.node.keeper_link import KeeperLink
-
-if TYPE_CHECKING:
-    from clipshim.node.tree_mounts import TreeMounts
+from clipshim.node.tree_mounts import TreeMounts
 
 log = logging.getLogger(__name__)
 
@@ -21,15 +18,22 @@ class ServerLife:
     def __init__(self, keeper: KeeperLink, scope: trio.CancelScope) -> None:
         self._keeper = keeper
         self._scope = scope
-        self.trees: TreeMounts | None = None  # set when recovery is over
+        self._trees: TreeMounts | None = None
+        self._recovered = trio.Event()
+
+    def recovered(self, trees: TreeMounts) -> None:
+        """From now on it is known who uses what."""
+        self._trees = trees
+        self._recovered.set()
 
     async def stop(self, *, force: bool, leave: bool) -> None:
         """Ends the daemon. Raises DaemonError if trees are in use, unless forced or left mounted.
 
         `leave`: what is in use stays mounted for the next daemon (systemd keeps the connections).
         """
-        assert self.trees is not None
-        in_use = self.trees.in_use()
+        await self._recovered.wait()
+        assert self._trees is not None
+        in_use = self._trees.in_use()
         if in_use and not force and not leave:
             raise DaemonError(
                 f"not stopped: in use by {', '.join(in_use[:5])}"
@@ -37,11 +41,11 @@ class ServerLife:
                 hint="stop the containers first; an upgrade needs `clipshim daemon --replace` only",
             )
         try:
-            await self.trees.unmount_idle(0.0)
+            await self._trees.unmount_idle(0.0)
         except ClipError as exc:
             log.error("stopping: %s", exc)
         if not leave:
-            await self.trees.abandon()
+            await self._trees.abandon()
         self._keeper.leaving = True
         await self._keeper.ask({"op": "stop", "leave": leave and bool(in_use)})
         log.info("stopping", extra={"left_mounted": len(in_use)})
@@ -60,5 +64,5 @@ class ServerLife:
             await self.stop(force=bool(message.get("force")), leave=bool(message.get("leave")))
         except DaemonError as exc:
             log.error("%s", exc)
-            assert self.trees is not None
-            self._keeper.tell({"op": "refuse_stop", "in_use": self.trees.in_use()[:20]})
+            in_use = self._trees.in_use()[:20] if self._trees else []
+            self._keeper.tell({"op": "refuse_stop", "in_use": in_use})

@@ -32,6 +32,7 @@ class TreeRecord:
     layers: tuple[LayerName, ...]
     generation: str  # of the layers connection that it was mounted on
     pinned: tuple[str, ...] = ()  # keys of layers whose store file is itself the device
+    kept: tuple[str, ...] = ()  # keys of layers that were fetched whole and must not be evicted
     fuse_name: str = ""  # what the keeper calls it, in mode fuse
     trusted: bool = False
 
@@ -67,7 +68,7 @@ class TreeRecords:
             if raw.pop("version") != RECORD_VERSION or raw["image_id"] != image_id:
                 return None
             raw["layers"] = tuple(LayerName(**layer) for layer in raw["layers"])
-            raw["pinned"] = tuple(raw["pinned"])
+            raw["pinned"], raw["kept"] = tuple(raw["pinned"]), tuple(raw["kept"])
             return TreeRecord(**raw)
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             return None
