@@ -140,11 +140,14 @@ class _Scanner:
 
     def run(self) -> Iterator[memoryview | Range]:
         stream = self._stream
+        buffer = bytearray()
         while True:
             # whole buffers first; then block by block, to stop at the first end of one
             wanted = min(_OUTPUT, self._spacing - self._made)
             overdue = wanted <= 0
-            buffer = bytearray(wanted if wanted > 0 else _OUTPUT)
+            wanted = wanted if wanted > 0 else _OUTPUT
+            if len(buffer) != wanted:  # else it is left from a member that yielded nothing
+                buffer = bytearray(wanted)
             out = (ctypes.c_char * len(buffer)).from_buffer(buffer)
             stream.next_out, stream.avail_out = ctypes.addressof(out), len(buffer)
             result = Z_OK
@@ -166,6 +169,7 @@ class _Scanner:
                 self._finish_head()
             if count:
                 yield memoryview(buffer)[:count]
+                buffer = bytearray()
             if result == Z_STREAM_END:
                 ended = self._position
                 if not self._next_member():

@@ -156,6 +156,11 @@ def test_empty_streams_are_empty() -> None:
     assert scan(deflate(b"") * 3) == []
 
 
+def test_empty_members_between_others_do_not_matter() -> None:
+    blob = deflate(b"") * 500 + deflate(DATA) + deflate(b"") * 500 + deflate(DATA)
+    check(blob + deflate(b"") * 500, DATA + DATA)
+
+
 def test_what_follows_the_last_member_is_not_decoded() -> None:
     for rest in (b"\0", b"\0" * 1000, b"\x1f", b"garbage" * 1000):
         found = check(deflate(DATA) + rest, DATA)
