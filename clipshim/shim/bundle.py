@@ -50,6 +50,12 @@ class Bundle:
         root = self.config.get("root")
         return isinstance(root, dict) and root.get("readonly") is True
 
+    @property
+    def maps_users(self) -> bool:
+        """Whether the container's users are others on the host (a user namespace)."""
+        linux = self.config.get("linux")
+        return isinstance(linux, dict) and bool(linux.get("uidMappings"))
+
     def set_root_path(self, path: str) -> None:
         """Replaces root.path in config.json: the whole new file or the whole old one is there."""
         root = self.config.setdefault("root", {})

@@ -86,7 +86,7 @@ def _create_locked(
             )
         finally:
             os.close(tree.fd)
-        if engine is None:
+        if engine is None and not state.values.get("in_place"):
             undo.push(_restore_config, found, target, state.text("original_root"))
             found.set_root_path(target)
         trace("create-config")
@@ -128,6 +128,11 @@ def _planned(
         values["original_root"] = _original_root(settings, found)
         if named.is_stub:  # no kernel overlay of the engine's: its rootfs goes above the tree
             values["lowers"] = [found.rootfs]
+        if found.maps_users and os.path.isdir(found.rootfs):
+            # the container's root, an ordinary user of the host, cannot enter run_dir; whoever made
+            # the bundle has seen to it that it can enter root.path
+            values["in_place"] = True
+            values["rootfs"] = os.path.realpath(found.rootfs)
     else:
         values["lowers"] = list(engine.lowers)
         values["engine_options"] = list(engine.options)

@@ -163,11 +163,12 @@ def _mount_own(
     reuse_upper: bool,
 ) -> str:
     upper, work, target = state.text("upper"), state.text("work"), state.text("rootfs")
+    in_place = target if state.values.get("in_place") else ""
     for path in (os.path.dirname(upper), os.path.dirname(work)):
         os.makedirs(path, 0o700, exist_ok=True)
         overlay.refuse_volatile(path, "upper directory")
     for path, mode in ((work, 0o700), (upper, 0o755), (target, 0o755)):
-        if reuse_upper and os.path.isdir(path):
+        if (reuse_upper or path == in_place) and os.path.isdir(path):
             continue
         undo.push(_remove_made, path)
         _make_directory(path, mode)

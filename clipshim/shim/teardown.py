@@ -9,7 +9,7 @@ import errno
 import os
 
 from clipshim.errors import ClipError
-from clipshim.mounts import syscalls
+from clipshim.mounts import mountinfo, syscalls
 from clipshim.shim import bundle, daemon_client
 from clipshim.shim.trace import trace
 
@@ -37,7 +37,10 @@ def tear_down(
     unmount_all(f"{state.directory}/lower")
     if state.text("kind") == "own":
         unmount_all(f"{state.directory}/rootfs")
-        _restore_config(state)
+        if state.values.get("in_place"):
+            _unmount_in_place(state)
+        else:
+            _restore_config(state)
     trace("teardown-unmounted")
     if not keep_upper:
         for path in (settings.upper_dir(state.key), settings.work_dir(state.key)):
@@ -125,6 +128,14 @@ def _empty(top_fd: int) -> None:
     finally:
         for fd, _, _ in stack[1:]:
             os.close(fd)
+
+
+def _unmount_in_place(state: "ContainerState") -> None:
+    """Unmounts an own rootfs from root.path, if what is mounted there is that."""
+    path, ours = state.text("rootfs"), state.text("upper")
+    mount = mountinfo.mount_at(path) if ours else None
+    if mount is not None and f"upperdir={ours}" in mount.super_options:
+        syscalls.umount2(path, syscalls.MNT_DETACH | syscalls.UMOUNT_NOFOLLOW)
 
 
 def _restore_config(state: "ContainerState") -> None:
