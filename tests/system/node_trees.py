@@ -57,14 +57,20 @@ while not select.select([0], [], [], 0)[0]:
 """
 
 
-def make_image(directory: Path, *, seed: int = 1) -> tuple[str, dict[str, str]]:
-    """An image of a few gzip layers; its `oci:` reference, and sha256 by path in it."""
+def make_image(
+    directory: Path, *, seed: int = 1, padded: bool = True
+) -> tuple[str, dict[str, str]]:
+    """An image of a few gzip layers; its `oci:` reference, and sha256 by path in it.
+
+    Without `padded` the layers end with the last file's last byte, as umoci insert writes them.
+    """
     layout = directory / f"image-{seed}"
     blobs = layout / "blobs" / "sha256"
     blobs.mkdir(parents=True)
     chance = random.Random(seed)
     sums: dict[str, str] = {}
     layers, diff_ids = [], []
+    data_ends = 0
 
     def store(data: bytes) -> dict[str, Any]:
         digest = hashlib.sha256(data).hexdigest()
@@ -81,13 +87,18 @@ def make_image(directory: Path, *, seed: int = 1) -> tuple[str, dict[str, str]]:
             for i in range(FILES):
                 data = chance.randbytes(FILE_BYTES // 2) + bytes(FILE_BYTES // 2)
                 entry = tarfile.TarInfo(f"data/{number}-{i}")
-                entry.size, entry.mode = len(data), 0o644
+                entry.size, entry.mode = len(data) - (0 if padded else 7), 0o644
+                data = data[: entry.size]
+                data_ends = raw.tell() + tarfile.BLOCKSIZE + entry.size
                 tar.addfile(entry, io.BytesIO(data))
                 sums[entry.name] = hashlib.sha256(data).hexdigest()
-        diff_ids.append("sha256:" + hashlib.sha256(raw.getvalue()).hexdigest())
+        stream = raw.getvalue()
+        if not padded:
+            stream = stream[:data_ends]
+        diff_ids.append("sha256:" + hashlib.sha256(stream).hexdigest())
         layers.append(
             {"mediaType": "application/vnd.oci.image.layer.v1.tar+gzip"}
-            | store(gzip.compress(raw.getvalue(), 6, mtime=0))
+            | store(gzip.compress(stream, 6, mtime=0))
         )
     config = {
         "architecture": "amd64",

@@ -121,3 +121,19 @@ def test_an_unreachable_registry_is_an_error_that_names_it(
     with pytest.raises(RegistryError, match=r"127\.0\.0\.1:9"):
         by_image(node, "127.0.0.1:9/nobody/home:1")
     wait_for("the daemon still answers", node.ping)
+
+
+@pytest.mark.parametrize("mode", ["erofs", "fuse"])
+def test_layers_that_end_with_their_last_files_last_byte_are_read_to_the_end(
+    node: Node, tmp_path: Path, mode: str
+) -> None:
+    reference, sums = node_trees.make_image(tmp_path, seed=14, padded=False)
+    node.start()
+    clip = node_trees.index(node, reference)
+    check(node_trees.mount(node, clip, "c1", mode=mode), sums)
+    # complete layers are read from the store's own files where that is possible
+    answer = node_trees.mount(node, clip, "c1", mode=mode)
+    assert node.call("complete", image=answer["index_digest"])["ok"]
+    node.call("release", container="c1")
+    node.call("gc", dry_run=False)
+    check(node_trees.mount(node, clip, "c1", mode=mode), sums)
