@@ -354,6 +354,7 @@ class LayerReader:
             keep = data if not stored or (flight and flight.waiters) else None
             token.run_sync_soon(self._land, span, keep, stored, flights)
 
+        self._fetching.used_memory = True
         began = time.perf_counter()
         attempt = await trio.to_thread.run_sync(
             fetch_run,

@@ -462,3 +462,18 @@ def test_a_disk_that_fails_to_read_is_made_good_by_fetching(
             assert len(source.requests) == 2
 
     trio.run(main)
+
+
+def test_memory_is_given_back_once_after_fetches(tmp_path: Path) -> None:
+    layer = MadeLayer(MIB)
+
+    async def main() -> None:
+        async with reading(tmp_path, layer, MadeSource(layer)) as reader:
+            fetching = reader._fetching
+            assert not fetching.return_memory()
+            await reader.read(0, MIB)
+            while not fetching.return_memory():  # until the last fetch has ended
+                await trio.sleep(0.01)
+            assert not fetching.return_memory()
+
+    trio.run(main)
