@@ -6,7 +6,7 @@ failure at any step unwinds the ones before; a crash is cleaned up from the plan
 
 import os
 
-from clipshim.errors import ClipError, NotFoundError, StoreError
+from clipshim.errors import ClipError, StoreError
 from clipshim.shim import bundle, daemon_client, daemon_start, rootfs, teardown
 from clipshim.shim.state import (
     STATE_VERSION,
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from clipshim.shim.verbs import Call
 
 _LOCK_WAIT_S = 30.0
+_OPTIONAL_PATIENCE_S = 10.0  # for an image that the engine has pulled anyway
 
 
 def create_with_index(call: "Call", found: "Bundle", named: "Source") -> "int | None":
@@ -141,10 +142,12 @@ def _planned(
 
 def _request_tree(settings: "Settings", key: str, named: "Source") -> "rootfs.Tree | None":
     request = {"op": "mount", "container": key, "cid": key, "source": named.request}
+    fds = [named.fd] if named.fd >= 0 else []
+    patience_s = _OPTIONAL_PATIENCE_S if named.is_optional else settings.daemon_timeout_s
     try:
-        reply = daemon_start.ask_daemon(settings, request, fds=[named.fd] if named.fd >= 0 else [])
-    except NotFoundError:
-        if named.is_optional:
+        reply = daemon_start.ask_daemon(settings, request, fds=fds, at_most_s=patience_s)
+    except ClipError:
+        if named.is_optional:  # an ordinary container must not fail for what is wrong with clipshim
             return None
         raise
     finally:

@@ -47,9 +47,10 @@ def ask_daemon(
     *,
     fds: "Sequence[int]" = (),
     on_progress: "Callable[[dict[str, Any]], None] | None" = None,
+    at_most_s: float = float("inf"),
 ) -> daemon_client.Reply:
     """daemon_client.ask with the configured socket and timeout; starts a daemon if none runs."""
-    path, timeout_s = settings.daemon_socket, settings.daemon_timeout_s
+    path, timeout_s = settings.daemon_socket, min(settings.daemon_timeout_s, at_most_s)
     try:
         return daemon_client.ask(
             path, request, fds=fds, timeout_s=timeout_s, on_progress=on_progress

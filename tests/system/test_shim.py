@@ -187,6 +187,35 @@ def test_a_bad_index_is_one_clear_error(
     assert_clean(node)
 
 
+def test_indexes_of_the_local_store(make_node: Callable[..., Node], tmp_path: Path) -> None:
+    node = make_node()
+    layout = f"oci:{images.tiny_image().layout}:{images.TAG}"
+    node.clipshim("index", layout, "--embed", "--quiet")
+    (clip,) = (node.state_dir / "indexes").glob("sha256-*.clip")
+    digest = clip.stem.replace("-", ":")
+    ordinary = tmp_path / "ordinary"
+    for name in ("bin", "proc", "dev", "sys"):
+        (ordinary / name).mkdir(parents=True)
+    shutil.copy("/usr/bin/busybox", ordinary / "bin/sh")
+    with Runtime.clipshim(tmp_path / "root", node) as runtime:
+        for annotations, rootfs, expected in (
+            ({"io.clipshim.index": digest}, None, "/etc/passwd"),
+            ({"io.kubernetes.cri.image-name": "registry.invalid/other:1"}, ordinary, "bin"),
+        ):
+            path = write_bundle(
+                tmp_path / "bundle",
+                ["/bin/sh", "-c", "echo /etc/passwd* /bin"],
+                annotations=annotations,
+                rootfs=rootfs,
+            )
+            log = tmp_path / "log"
+            done = runtime("--log", log, "run", "-b", path, "box")
+            assert expected in done.stdout
+            assert ("*" in done.stdout) == (rootfs is not None), "the ordinary root has no passwd"
+            assert log.read_text() == ""
+    assert_clean(node)
+
+
 def test_a_runtime_that_is_missing(make_node: Callable[..., Node], tmp_path: Path) -> None:
     node = make_node(runtimes=["no-such-runtime"])
     log = tmp_path / "log.json"
