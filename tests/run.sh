@@ -17,7 +17,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 TEST_PACKAGES=(
     attr buildah build-essential busybox-static ca-certificates conmon containerd criu crun curl
     debootstrap docker-compose docker-registry docker.io erofs-utils fuse-overlayfs fuse3 git
-    iproute2 isal jq libarchive-tools libcap2-bin libfuse3-dev pigz pkg-config podman psmisc
+    iproute2 isal jq libarchive-tools libcap2-bin libfuse3-dev pigz pkg-config podman procps psmisc
     python3-dev python3-venv python3-yaml runc skopeo strace tini umoci zstd
 )
 VENV="$PWD/.venv"
@@ -139,7 +139,7 @@ fi
 # tini -s adopts and reaps what engines orphan: podman waits 20 s for a dead conmon that the
 # machine's first process has not reaped yet.
 step "pytest" tini -s -- "$VENV/bin/python" -P -B -m pytest -q -p no:cacheprovider \
-    --basetemp="$CLIPSHIM_TEST_ROOT/t" "$@"
+    --durations=15 --durations-min=5 --basetemp="$CLIPSHIM_TEST_ROOT/t" "$@"
 
 if [ ${#failed[@]} -gt 0 ]; then
     printf 'failed: %s\n' "$(IFS=,; echo "${failed[*]}")" >&2

@@ -67,7 +67,7 @@ def test_a_missing_program_is_an_error_and_leaves_nothing(docker: Docker) -> Non
     done = docker.run("run", "--rm", IMAGE, "/no/such/program", check=False)
     assert done.returncode == 127
     assert "/no/such/program" in done.stderr
-    assert docker("ps", "-aq", "--filter", "status=created") == ""
+    wait_for("it is removed", lambda: not docker("ps", "-aq", "--filter", "status=created"))
 
 
 def test_environment_directory_and_user_by_name(docker: Docker) -> None:
@@ -103,6 +103,7 @@ def test_diff_names_what_changed(docker: Docker, sleeper: str) -> None:
         # sees the tree as added, afterwards only what was written.
         assert "A /app/new" in docker("diff", sleeper).splitlines()
         docker("kill", sleeper)
+        wait_for("the tree is unmounted", lambda: "/usr" not in docker("diff", sleeper))
         expected = {"A /app/new", "A /etc/issue"}
     else:
         expected = {"A /app/new", "D /app/hello.py", "C /etc/issue"}

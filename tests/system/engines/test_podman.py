@@ -83,7 +83,7 @@ def test_a_missing_program_is_an_error_and_leaves_nothing(podman: Podman) -> Non
     done = podman.run("run", "--rm", *podman.common(), IMAGE, "/no/such/program", check=False)
     assert done.returncode == 127
     assert "/no/such/program" in done.stderr
-    assert podman("ps", "-aq") == ""
+    wait_for("it is removed", lambda: not podman("ps", "-aq"))
 
 
 def test_environment_directory_and_user_by_name(podman: Podman) -> None:
