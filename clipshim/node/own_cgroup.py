@@ -47,7 +47,7 @@ def remove(root: str = "/sys/fs/cgroup") -> None:
             continue
         for base in _candidates(root, controllers):
             with contextlib.suppress(OSError):
-                with open(f"{base}/cgroup.procs", "w") as file:
+                with open(f"{base}/cgroup.procs", "r+") as file:  # never creates one
                     file.write(str(os.getpid()))
                 os.rmdir(f"{base}/{NAME}")
 
@@ -68,5 +68,5 @@ def _join(directory: str, controllers: str) -> None:
                 value = parent.read()
             with open(f"{directory}/{name}", "w") as file:
                 file.write(value)
-    with open(f"{directory}/cgroup.procs", "w") as file:
+    with open(f"{directory}/cgroup.procs", "r+") as file:  # a cgroup has one; tmpfs has none
         file.write(str(os.getpid()))
