@@ -1,6 +1,6 @@
 """Indexing against `gzip -dc LAYER | sha256sum`: wall and CPU time, index size, read amplification.
 
-    bench_index.py [LAYER…] [--runs N] [--spacings KIB,…]
+    bench_index.py [LAYER…] [--runs N] [--quick] [--spacings KIB,…]
 
 LAYER is a layer's blob as a registry stores it (gzip). Without one, a layer is made of this
 machine's /usr. Everything is measured in turns within one run, so figures are ratios of one
@@ -207,9 +207,14 @@ def main() -> None:
     """Runs the comparison and prints it."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
     parser.add_argument("layers", nargs="*", type=Path, metavar="LAYER")
-    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--runs", type=int, default=None, help="measurements (5)")
+    parser.add_argument("--quick", action="store_true", help="only 2 of them, only the default")
     parser.add_argument("--spacings", default="128,256,512,1024,2048,4096", metavar="KIB,…")
     arguments = parser.parse_args()
+    if arguments.runs is None:
+        arguments.runs = 2 if arguments.quick else 5
+    if arguments.quick:
+        arguments.spacings = str(DEFAULT_SPACING >> 10)
     with tempfile.TemporaryDirectory() as directory:
         paths = arguments.layers or [sample_layer(Path(directory))]
         source, output = LocalLayers(paths), Path(directory) / "bench.clip"

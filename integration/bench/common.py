@@ -1,27 +1,49 @@
-"""What the benches share: a private root, measuring in turns, tables of medians and ratios.
+"""What the benches share: a private root, measuring in turns, Markdown tables with budgets.
 
 A contender is measured in turns with the others, so that a slow minute of the machine hits all of
-them. Not for assertions: a bench prints, tests decide.
+them: ratios within a run mean something even if times do not. Not for assertions: a bench prints,
+tests decide.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import json
 import os
 import secrets
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 # At the end: `tests` comes from the checkout, `clipshim` from the environment's wheel.
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
-from tests.support import leftovers
+from tests.support import images, leftovers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from tests.support.node import Node
+    from tests.support.registry import TestRegistry
+
+MODES = ("erofs", "fuse")
+PROGRAM = ("python3", "-c", "import json, asyncio, http.client")
+
+
+class Options:
+    """The command line of a bench: `runs` is how often the cheap things are measured."""
+
+    def __init__(self, description: str | None, *, runs: int, quick: int) -> None:
+        parser = argparse.ArgumentParser(description=(description or "").split("\n", 1)[0])
+        parser.add_argument("--runs", type=int, default=None, help=f"measurements ({runs})")
+        parser.add_argument("--quick", action="store_true", help=f"only {quick} of them")
+        found = parser.parse_args()
+        self.runs: int = found.runs or (quick if found.quick else runs)
+        self.few: int = max(2, self.runs // 5)  # of what takes seconds
 
 
 @contextlib.contextmanager
@@ -35,11 +57,35 @@ def bench_root() -> Iterator[Path]:
     os.environ["CLIPSHIM_TEST_RUN"] = run
     os.environ["CLIPSHIM_TEST_ROOT"] = str(root)
     os.environ["TMPDIR"] = str(root / "tmp")
+    began = os.getloadavg()[0]
     try:
         yield root
     finally:
+        print(
+            f"\nload of the machine: {began:.1f} at the start, {os.getloadavg()[0]:.1f} at the end"
+        )
         leftovers.remove_cgroup_parent(root)
         leftovers.remove(root)
+
+
+def index_of(root: Path, registry: TestRegistry, node: Node) -> tuple[images.Image, str, Path]:
+    """The Debian image, its name in the registry, and its index in a directory of its own."""
+    debian = images.debian_image()
+    reference = registry.push_layout(debian.layout, "debian:bench", tag=images.TAG)
+    clip = root / "indexes" / "debian.clip"
+    clip.parent.mkdir()
+    node.clipshim("index", reference, clip)
+    return debian, reference, clip
+
+
+def shell(command: str, directory: Path) -> None:
+    """Runs a command line in a directory."""
+    subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command],
+        cwd=directory,
+        check=True,
+        stdin=subprocess.DEVNULL,
+    )
 
 
 def seconds(call: Callable[[], object]) -> float:
@@ -69,32 +115,67 @@ def drop_caches() -> None:
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Prints a table; numbers to the right."""
+    """Prints a Markdown table; numbers to the right."""
     cells = [[str(cell) for cell in row] for row in [header, *rows]]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
-    print(f"\n{title}")
+    widths = [max(3, *(len(row[column]) for row in cells)) for column in range(len(header))]
+    print(f"\n### {title}\n")
     for number, row in enumerate(cells):
         words = [
             cell.ljust(width) if column == 0 else cell.rjust(width)
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
-        print("  " + "  ".join(words).rstrip())
+        print("| " + " | ".join(words) + " |")
         if number == 0:
-            print("  " + "  ".join("-" * width for width in widths))
+            rules = ["-" * width for width in widths]
+            print("| " + " | ".join([rules[0], *(f"{rule[1:]}:" for rule in rules[1:])]) + " |")
     sys.stdout.flush()
 
 
-def against(medians: Mapping[str, float], base: str) -> list[list[object]]:
-    """Rows of (name, ms, ratio to `base`, difference in ms)."""
-    return [
-        [
-            name,
-            f"{value * 1000:.1f}",
-            f"{value / medians[base]:.2f}",
-            f"{(value - medians[base]) * 1000:+.1f}",
-        ]
-        for name, value in medians.items()
-    ]
+def verdict(*, met: bool) -> str:
+    """The last column of a table."""
+    return "met" if met else "NOT met"
 
 
-COLUMNS = ("", "ms", "ratio", "difference ms")
+def print_against(
+    title: str,
+    medians: Mapping[str, float],
+    *,
+    ratio: float | None = None,
+    extra_ms: float | None = None,
+) -> None:
+    """A table of times against the first contender, and whether each keeps the budget given."""
+    base = next(iter(medians.values()))
+    budget = ""
+    if ratio is not None:
+        budget = f"≤ {ratio:g}"
+    elif extra_ms is not None:
+        budget = f"≤ +{extra_ms:g} ms"
+    rows: list[list[str]] = []
+    for number, (name, value) in enumerate(medians.items()):
+        over_ms = (value - base) * 1000
+        row = [name, f"{value * 1000:.1f}", f"{value / base:.2f}", f"{over_ms:+.1f}"]
+        if budget and number:
+            met = value / base <= ratio if ratio is not None else over_ms <= (extra_ms or 0)
+            row += [budget, verdict(met=met)]
+        elif budget:
+            row += ["", ""]
+        rows.append(row)
+    header = ["", "median ms", "ratio", "difference ms", *(["budget", ""] if budget else [])]
+    print_table(title, header, rows)
+
+
+def status(node: Node) -> dict[str, Any]:
+    """What `clipshim status` says."""
+    document: dict[str, Any] = json.loads(node.clipshim("status", "--format", "json").stdout)
+    return document
+
+
+def find_number(document: object, key: str) -> int:
+    """The largest number of this name anywhere in a JSON document; 0 if there is none."""
+    if isinstance(document, dict):
+        if isinstance(document.get(key), int):
+            return int(document[key])
+        document = list(document.values())
+    if isinstance(document, list):
+        return max((find_number(item, key) for item in document), default=0)
+    return 0
