@@ -10,6 +10,7 @@ no second run, can disturb the check. Not for the leftovers of the product: thos
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import shutil
@@ -127,11 +128,11 @@ def _loops_below(root: Path) -> list[str]:
 
 def remove_cgroup_parent(root: Path) -> None:
     """Removes the run's own cgroup, under which its containers had theirs, if it is empty."""
-    for parent in Path("/sys/fs/cgroup").glob(f"**/{root.name}"):
-        try:
-            parent.rmdir()
-        except OSError:
-            continue  # not empty: that is what the check is about
+    # os.walk, unlike glob, does not mind that other runs' cgroups vanish meanwhile
+    for directory, subdirectories, _ in os.walk("/sys/fs/cgroup"):
+        if root.name in subdirectories:
+            with contextlib.suppress(OSError):  # not empty: that is what the check is about
+                os.rmdir(os.path.join(directory, root.name))
 
 
 def _cgroups_named(name: str) -> list[str]:
