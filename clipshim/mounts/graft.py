@@ -1,6 +1,7 @@
 """Reads how an engine mounted a container's overlay, and plans the same with a tree beneath it.
 
-What is kept of the engine's options and what is not is decided here, in `graft_plan`; mounting is
+Kernel overlays are described by mountinfo, those of fuse-overlayfs by the engine's storage. What is
+kept of the engine's options and what is not is decided here, in `graft_plan`; mounting is
 overlay.py's. The parser takes what Linux 4.18 to 6.18 print in mountinfo.
 """
 
@@ -23,6 +24,7 @@ class EngineOverlay:
     """An overlay as an engine mounted it, with absolute names."""
 
     __slots__ = (
+        "is_fuse",
         "lowers",
         "mount_options",
         "options",
@@ -44,12 +46,14 @@ class EngineOverlay:
         options: "Sequence[str]",
         mount_options: "Sequence[str]",
         volatile: bool,
+        is_fuse: bool = False,
     ) -> None:
         self.target, self.source = target, source
         self.lowers, self.upper, self.work = tuple(lowers), upper, work
         self.options = tuple(options)  # as the kernel takes them, without layers
         self.mount_options = tuple(mount_options)
         self.volatile = volatile
+        self.is_fuse = is_fuse  # mounted by fuse-overlayfs, and to be mounted by it again
 
     def plan(self) -> overlay.OverlayPlan:
         """The engine's own mount again: what undoing a graft puts back."""
@@ -127,6 +131,42 @@ def read_engine_overlay(mount: "Mount") -> EngineOverlay:
         options=options,
         mount_options=kept,
         volatile=volatile,
+    )
+
+
+def read_fuse_overlay(mount: "Mount") -> "EngineOverlay | None":
+    """Takes a fuse-overlayfs mount of podman's or buildah's apart; None if it is another's.
+
+    mountinfo does not say what it is made of. containers/storage (drivers/overlay/overlay.go) does:
+    beside the mount point `merged` lie `diff`, `work` and the file `lower`, the names of the layers
+    relative to the directory above. The layers' whiteouts are files `.wh.NAME`, which kernel
+    overlayfs does not know.
+    """
+    directory, name = os.path.split(mount.mount_point)
+    home = os.path.dirname(directory)
+    upper, work = f"{directory}/diff", f"{directory}/work"
+    if name != "merged" or os.path.lexists(f"{upper}1"):  # diff1: a layer in several directories
+        return None
+    try:
+        with open(f"{directory}/lower", "rb") as file:
+            names = os.fsdecode(file.read().strip()).split(":")
+    except OSError:
+        return None
+    lowers = [f"{home}/{short}" for short in names]
+    if not all(short.startswith("l/") for short in names) or not all(
+        os.path.isdir(path) for path in (upper, work, *lowers)
+    ):
+        return None  # a layer of an additional store
+    return EngineOverlay(
+        target=mount.mount_point,
+        source=mount.source,
+        lowers=lowers,
+        upper=upper,
+        work=work,
+        options=(),
+        mount_options=[o for o in mount.options.split(",") if o in _KEPT_MOUNT_OPTIONS],
+        volatile=False,
+        is_fuse=True,
     )
 
 

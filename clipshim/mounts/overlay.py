@@ -153,6 +153,7 @@ def fuse_overlayfs_command(plan: OverlayPlan, program: str) -> "list[str]":
     options = [f"lowerdir={':'.join(_escaped(lower) for lower in plan.lowers)}"]
     if plan.upper and plan.work:
         options += [f"upperdir={_escaped(plan.upper)}", f"workdir={_escaped(plan.work)}"]
+    options += plan.mount_options
     return [program, "-o", ",".join(options), plan.target]
 
 

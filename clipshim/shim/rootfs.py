@@ -4,8 +4,8 @@ own    overlay over the tree with clipshim's upper and work directory, mounted a
        <run_dir>/<cid>/rootfs; the caller rewrites root.path
 graft  the engine's own overlay, mounted again in place with the tree as its lowest layer
 
-What cannot be grafted because it is no kernel overlay (a bind mount, fuse-overlayfs) becomes an own
-rootfs that has the engine's rootfs above the tree.
+What cannot be grafted because it is no overlay (a bind mount, a directory) becomes an own rootfs
+that has the engine's rootfs above the tree.
 """
 
 import os
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from clipshim.settings import Settings
     from clipshim.shim.state import ContainerState
     from clipshim.shim.undo import Undo
+
+_FUSE_OVERLAYFS = "fuse.fuse-overlayfs"
 
 
 class Tree:
@@ -51,7 +53,7 @@ class Tree:
 
 
 def engine_overlay(rootfs: str, run_dir: str) -> "graft.EngineOverlay | None":
-    """The kernel overlay that an engine mounted exactly at `rootfs`, None if there is none."""
+    """The overlay that an engine mounted exactly at `rootfs`, None if there is none to graft."""
     fd, real = safe_paths.open_real_directory(rootfs)
     try:
         mount = mountinfo.mount_of_fd(fd)
@@ -59,6 +61,8 @@ def engine_overlay(rootfs: str, run_dir: str) -> "graft.EngineOverlay | None":
         return None
     finally:
         os.close(fd)
+    if mount.fstype == _FUSE_OVERLAYFS:
+        return _fuse_overlay(mount, real)
     if mount.mount_point != real or mount.fstype != "overlay":
         return None
     engine = graft.read_engine_overlay(mount)
@@ -69,6 +73,23 @@ def engine_overlay(rootfs: str, run_dir: str) -> "graft.EngineOverlay | None":
         if not (safe_paths.is_inside(name, run_dir) and name.endswith("/lower"))
     )
     return engine
+
+
+def _fuse_overlay(mount: mountinfo.Mount, real: str) -> "graft.EngineOverlay | None":
+    if mount.mount_point == real and (engine := graft.read_fuse_overlay(mount)) is not None:
+        return engine
+    for other in mountinfo.read_mounts():
+        if other.device != mount.device or other.mount_point == mount.mount_point:
+            continue
+        if graft.read_fuse_overlay(other) is not None:
+            # buildah's builds: a second fuse-overlayfs on the same layers would not be seen by the
+            # first, from which the build takes its result
+            raise MountError(
+                f"rootfs {real}: expected an overlay mounted there, found a part of fuse-overlayfs "
+                f"at {other.mount_point}, which would not see what the container writes",
+                hint="build on stubs without mount_program in storage.conf, or on the full image",
+            )
+    return None
 
 
 def mount_rootfs(
@@ -143,7 +164,7 @@ def _mount_graft(
     trace("create-unmounted")
     if engine.volatile and engine.work:
         graft.forget_volatile(engine.work)
-    engine.graft_plan(lower).execute()
+    _execute(engine.graft_plan(lower), fuse=engine.is_fuse)
     undo.push(syscalls.umount2, engine.target, flags | syscalls.MNT_DETACH)
     return engine.target
 
@@ -151,7 +172,7 @@ def _mount_graft(
 def _mount_again(engine: "graft.EngineOverlay") -> None:
     if engine.volatile and engine.work:
         graft.forget_volatile(engine.work)
-    engine.plan().execute()
+    _execute(engine.plan(), fuse=engine.is_fuse)
 
 
 def _mount_own(
@@ -179,10 +200,7 @@ def _mount_own(
             os.chmod(upper, facts.st_mode & 0o7777)
     above = [name for name in state.values.get("lowers", ()) if isinstance(name, str)]
     plan = overlay.OverlayPlan(target, [*above, lower], upper=upper, work=work)
-    if settings.overlay == "fuse-overlayfs":
-        _mount_fuse_overlayfs(plan)
-    else:
-        plan.execute()
+    _execute(plan, fuse=settings.overlay == "fuse-overlayfs")
     undo.push(syscalls.umount2, target, syscalls.MNT_DETACH | syscalls.UMOUNT_NOFOLLOW)
     return target
 
@@ -198,13 +216,16 @@ def _make_directory(path: str, mode: int) -> None:
     os.chmod(path, mode)  # whatever the umask
 
 
-def _mount_fuse_overlayfs(plan: overlay.OverlayPlan) -> None:
-    from clipshim.shim import child, runtimes  # only with overlay = "fuse-overlayfs"
+def _execute(plan: overlay.OverlayPlan, *, fuse: bool) -> None:
+    if not fuse:
+        plan.execute()
+        return
+    from clipshim.shim import child, runtimes  # only with fuse-overlayfs
 
     program = runtimes.find_program("fuse-overlayfs")
     if not program:
         raise MountError(
-            'overlay = "fuse-overlayfs": the program fuse-overlayfs was not found',
+            f"{plan.describe()}: the program fuse-overlayfs was not found",
             hint='install fuse-overlayfs, or set overlay = "kernel"',
         )
     code, text = child.run_quietly(overlay.fuse_overlayfs_command(plan, program))
@@ -219,11 +240,11 @@ def _verify(
     target: str,
     engine: "graft.EngineOverlay | None",
 ) -> None:
-    fuse = engine is None and settings.overlay == "fuse-overlayfs"
+    fuse = engine.is_fuse if engine is not None else settings.overlay == "fuse-overlayfs"
     try:
         verify.verify_rootfs(
             target,
-            fstype="fuse.fuse-overlayfs" if fuse else "overlay",
+            fstype=_FUSE_OVERLAYFS if fuse else "overlay",
             has_usr=tree.has_usr,
             top_symlinks=tree.top_symlinks,
             readonly=engine is not None and (not engine.upper or "ro" in engine.mount_options),
