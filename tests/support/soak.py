@@ -1,327 +1,465 @@
-"""The soak: containers come and go and read everything, while processes and the registry die.
+"""The long test, called by tests/soak.sh: see there for what it does and its options.
 
-Called by tests/soak.sh; `soak(...)` by a short test. Each worker runs a container that reads all
-files of its image in random order and compares their digests with those of an unpacked copy.
-Meanwhile one thread kills servers and another makes the registry refuse connections for a moment.
+One private node, the real docker-registry behind the fault proxy, the Debian image. A wrong byte,
+a failed read, a failed start or something left behind is a failure; the exit status is 1 then, and
+the summary names each. Not run by pytest.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import random
 import secrets
-import socket
+import subprocess
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-if __name__ == "__main__":
-    sys.path.append(str(Path(__file__).resolve().parents[2]))
+CHECKOUT = Path(__file__).resolve().parents[2]
+if str(CHECKOUT) not in sys.path:
+    sys.path.append(str(CHECKOUT))  # at the end: `clipshim` is the installed one
 
-from tests.support import images, leftovers
-from tests.support.node import Node, wait_for
-from tests.support.registry import running_registry
-from tests.support.runtimes import Runtime, write_bundle
+from tests.support import images, leftovers  # noqa: E402  after the path
+from tests.support.fault_proxy import Fault, FaultProxy  # noqa: E402
+from tests.support.node import Node, wait_for  # noqa: E402
+from tests.support.registry import running_registry  # noqa: E402
+from tests.support.runtimes import Runtime, write_bundle  # noqa: E402
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable
 
-# In the container: reads the files named on stdin's stand-in, prints "digest size name".
-READER = """
-import hashlib, json, os, random, sys
-rng, share = random.Random(int(sys.argv[1])), float(sys.argv[2])
-names = []
-for top in ("/usr", "/etc", "/app"):
-    for directory, _, files in os.walk(top):
-        names += [os.path.join(directory, name) for name in files]
-names = sorted(n for n in names if os.path.isfile(n) and not os.path.islink(n))
-rng.shuffle(names)
-found = {}
-for name in names[: max(1, int(len(names) * share))]:
-    with open(name, "rb") as file:
-        found[name] = hashlib.sha256(file.read()).hexdigest()
-json.dump(found, sys.stdout)
+# Prints path and digest of randomly chosen files of the container, as hex and JSON.
+READ_SOME = """
+import hashlib, json, os, random, stat, sys
+chance, found = random.Random(int(sys.argv[1])), []
+for top, names, files in os.walk(b"/"):
+    if top == b"/":
+        names[:] = [n for n in names if n not in (b"proc", b"sys", b"dev", b"run", b"tmp")]
+    found += [os.path.join(top, name) for name in files]
+found = [path for path in sorted(found) if stat.S_ISREG(os.lstat(path).st_mode)]
+for path in chance.sample(found, min(len(found), int(sys.argv[2]))):
+    print(json.dumps([path.hex(), hashlib.sha256(open(path, "rb").read()).hexdigest()]))
 """
-OWN_FILES = ("/etc/hosts", "/etc/hostname", "/etc/resolv.conf", "/etc/mtab")
-VARIANTS = images.VARIANTS
+SHOWN_FAILURES = 40
+PYTHON = ("/usr/bin/python3", "-B")  # -B: what it writes would be compared with the image
+FAULTS = (
+    Fault("status", status=500),
+    Fault("status", status=429, headers={"Retry-After": "1"}),
+    Fault("status", status=503),
+    Fault("reset", after=4000),
+    Fault("close", after=100),
+    Fault("stall", after=1000),
+    Fault("drip", after=20_000),
+    Fault("short", after=10),
+    Fault("long", after=10),
+    Fault("wrong-bytes"),
+    Fault("wrong-range"),
+    Fault("stall-headers"),
+)
 
 
-class Plan(NamedTuple):
-    """What a soak does."""
+class Deck(NamedTuple):
+    """What every part of the soak works with."""
 
-    seconds: float
-    seed: int
-    server_kills: int
-    containers: int
-    readers: int
-    image_count: int
-    share: float = 0.3  # of an image's files that a container reads
-    faults: bool = True
+    node: Node
+    runtime: Runtime
+    proxy: FaultProxy
+    reference: str
+    expected: dict[str, str]  # hex of the path: sha256 of the contents
+    bundles: Path
 
 
-class Counts:
-    """What happened; `failures` are sentences."""
+class Tally:
+    """Counts and failures, of all threads."""
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.starts = self.files = self.kills = self.faults = 0
+        self._lock = threading.Lock()
+        self.counts: dict[str, int] = {}
         self.failures: list[str] = []
 
+    def add(self, what: str, count: int = 1) -> None:
+        """Counts something that happened."""
+        with self._lock:
+            self.counts[what] = self.counts.get(what, 0) + count
+
     def fail(self, text: str) -> None:
-        """Notes a failure."""
-        with self.lock:
+        """Notes a failure, and says so at once."""
+        with self._lock:
             self.failures.append(text)
-
-    def line(self) -> str:
-        """One line for people."""
-        return (
-            f"{self.starts} containers, {self.files} files verified, {self.kills} servers killed, "
-            f"{self.faults} registry faults, {len(self.failures)} failures"
-        )
+            number = len(self.failures)
+        if number <= SHOWN_FAILURES:
+            print(f"FAILURE: {text}", flush=True)
 
 
-class Gate:
-    """A TCP relay to the registry that can refuse and cut connections."""
-
-    def __init__(self, target: str) -> None:
-        host, _, port = target.rpartition(":")
-        self.target = (host, int(port))
-        self.open = True
-        self.listener = socket.create_server(("127.0.0.1", 0))
-        self.host = f"127.0.0.1:{self.listener.getsockname()[1]}"
-        self.connections: set[socket.socket] = set()
-        self.lock = threading.Lock()
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                client, _ = self.listener.accept()
-            except OSError:
-                return  # closed
-            if not self.open:
-                client.close()
-                continue
-            try:
-                server = socket.create_connection(self.target, timeout=30)
-            except OSError:
-                client.close()
-                continue
-            with self.lock:
-                self.connections |= {client, server}
-            for source, target in ((client, server), (server, client)):
-                threading.Thread(target=self._relay, args=(source, target), daemon=True).start()
-
-    def _relay(self, source: socket.socket, target: socket.socket) -> None:
-        try:
-            while data := source.recv(1 << 16):
-                target.sendall(data)
-        except OSError:
-            pass  # cut
-        with self.lock:
-            self.connections -= {source, target}
-        for end in (source, target):
-            try:
-                end.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                continue
-        source.close()
-
-    def cut(self) -> None:
-        """Cuts every connection."""
-        with self.lock:
-            victims = list(self.connections)
-        for end in victims:
-            try:
-                end.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                continue
-
-    def close(self) -> None:
-        """Stops listening and cuts all."""
-        # shutdown wakes the accepting thread, close alone does not
-        self.listener.shutdown(socket.SHUT_RDWR)
-        self.listener.close()
-        self.cut()
+def expected_digests(root: Path) -> dict[str, str]:
+    """Digests of all regular files of an unpacked image, by the hex of their path."""
+    found = {}
+    base = os.fsencode(root)
+    for top, _, files in os.walk(base):
+        for name in files:
+            path = os.path.join(top, name)
+            if os.path.isfile(path) and not os.path.islink(path):
+                with open(path, "rb") as file:
+                    digest = hashlib.file_digest(file, "sha256").hexdigest()
+                found[path[len(base) :].hex()] = digest
+    return found
 
 
-def _expected(rootfs: Path) -> dict[str, str]:
-    import hashlib
-
-    digests = {}
-    for top in ("usr", "etc", "app"):
-        for directory, _, files in os.walk(rootfs / top):
-            for name in files:
-                path = Path(directory, name)
-                if path.is_file() and not path.is_symlink():
-                    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-                    digests[f"/{path.relative_to(rootfs)}"] = digest
-    return digests
+def compare(deck: Deck, tally: Tally, output: str, what: str) -> None:
+    """Compares lines that READ_SOME has printed with what the image holds."""
+    lines = [json.loads(line) for line in output.splitlines()]
+    if not lines:
+        tally.fail(f"{what}: nothing was read")
+    for path, digest in lines:
+        if path in deck.expected and deck.expected[path] != digest:
+            tally.fail(f"{what}: wrong bytes in {bytes.fromhex(path)!r}")
+    tally.add("files compared", len(lines))
 
 
-def _reader(
-    runtime: Runtime, bundle: Path, name: str, expected: dict[str, str], counts: Counts
-) -> None:
-    done = runtime("run", "--bundle", bundle, name, check=False, timeout_s=600)
-    if done.returncode != 0:
-        counts.fail(f"{name}: exit {done.returncode}: {done.stderr[-500:]}")
+def run_one(deck: Deck, tally: Tally, seed: int, files: int) -> None:
+    """A container that reads some files, from create to delete."""
+    name = f"s{seed}"
+    bundle = deck.bundles / name
+    write_bundle(
+        bundle,
+        [*PYTHON, "-c", READ_SOME, str(seed), str(files)],
+        annotations={"io.clipshim.index": "index.clip"},
+    )
+    os.link(deck.bundles / "index.clip", bundle / "index.clip")
+    try:
+        result = deck.runtime("run", "--bundle", bundle, name, check=False, timeout_s=900)
+    except subprocess.TimeoutExpired:
+        tally.fail(f"container {name} did not end in 900 s")
         return
-    found: dict[str, str] = json.loads(done.stdout)
-    wrong = [
-        path
-        for path, digest in found.items()
-        if path not in OWN_FILES and expected.get(path) != digest
+    if "deleted directory" in result.stderr:
+        tally.fail(f"container {name}: {result.stderr}")
+    if result.returncode:
+        tally.fail(f"container {name}: exit {result.returncode}: {result.stderr[-600:]}")
+    else:
+        compare(deck, tally, result.stdout, f"container {name}")
+    tally.add("containers")
+    gone = deck.runtime("delete", "--force", name, check=False)
+    if gone.returncode:
+        tally.fail(f"delete {name}: {gone.stderr}")
+    for path in (bundle / "index.clip", bundle / "config.json"):
+        path.unlink(missing_ok=True)
+
+
+def kill(deck: Deck, tally: Tally, which: str) -> None:
+    """SIGKILL to the server or the keeper; returns when the daemon answers with a new one."""
+    key = {"server": "pid", "keeper": "keeper_pid"}[which]
+    before = wait_for("the daemon answers", deck.node.ping)
+    os.kill(int(before[key]), 9)
+    wait_for(
+        f"another {which}",
+        lambda: (reply := deck.node.ping()) is not None and reply[key] != before[key],
+        300,
+    )
+    tally.add(f"{which} kills")
+
+
+def replace(deck: Deck, tally: Tally) -> None:
+    """An orderly change of the server."""
+    result = deck.node.clipshim("daemon", "--replace", check=False)
+    if result.returncode:
+        tally.fail(f"daemon --replace: {result.stderr}")
+    tally.add("replacements")
+
+
+def collect(deck: Deck, tally: Tally) -> None:
+    """Garbage collection, which may take nothing from those that run."""
+    deck.node.clipshim("gc", check=False)
+    tally.add("collections")
+
+
+def misbehave(deck: Deck, tally: Tally, chance: random.Random) -> None:
+    """A burst of one kind of fault."""
+    deck.proxy.inject(chance.choice(FAULTS), times=chance.randint(1, 4))
+    tally.add("registry faults")
+
+
+def outage(deck: Deck, tally: Tally, chance: random.Random) -> None:
+    """The registry refuses connections for a few seconds."""
+    with deck.proxy.refusing():
+        time.sleep(chance.uniform(0.5, 5))
+    tally.add("outages")
+
+
+def everything(deck: Deck, tally: Tally, minutes: float, seed: int) -> None:
+    """Random starts in three threads while everything is killed and broken."""
+    end = time.monotonic() + minutes * 60
+    chance = random.Random(seed)
+    numbers = iter(range(seed * 1_000_000, (seed + 1) * 1_000_000))
+    lock = threading.Lock()
+
+    def starts(which: int) -> None:
+        mine = random.Random(f"{seed} {which}")
+        while time.monotonic() < end:
+            with lock:
+                number = next(numbers)
+            try:
+                run_one(deck, tally, number, mine.choice((5, 50, 500, 100_000)))
+            except Exception as exc:  # the soak goes on and ends with the list
+                tally.fail(f"start {number}: {exc!r}")
+
+    actions: list[tuple[int, Callable[[], None]]] = [
+        (8, lambda: kill(deck, tally, "server")),
+        (2, lambda: kill(deck, tally, "keeper")),
+        (2, lambda: replace(deck, tally)),
+        (8, lambda: misbehave(deck, tally, chance)),
+        (2, lambda: outage(deck, tally, chance)),
+        (1, lambda: collect(deck, tally)),
     ]
-    with counts.lock:
-        counts.starts += 1
-        counts.files += len(found)
-    if wrong:
-        counts.fail(f"{name}: wrong bytes in {wrong[:5]}")
+    with ThreadPoolExecutor(3) as pool:
+        workers = [pool.submit(starts, number) for number in range(3)]
+        while time.monotonic() < end:
+            weights = [weight for weight, _ in actions]
+            action = chance.choices([act for _, act in actions], weights)[0]
+            try:
+                action()
+            except Exception as exc:
+                tally.fail(f"action: {exc!r}")
+            time.sleep(chance.uniform(0.1, 3))
+        deck.proxy.clear()
+        for worker in workers:
+            worker.result()
 
 
-def _killer(node: Node, plan: Plan, stop: threading.Event, counts: Counts) -> None:
-    rng = random.Random(plan.seed + 1)
-    pause = plan.seconds / (plan.server_kills + 1)
-    while counts.kills < plan.server_kills and not stop.wait(pause * rng.uniform(0.5, 1.0)):
+def read_file(deck: Deck, tally: Tally, root: Path, path: str) -> None:
+    """Reads one file of a tree on the host and compares it."""
+    try:
+        with open(os.fsencode(root) + bytes.fromhex(path), "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as exc:
+        tally.fail(f"{bytes.fromhex(path)!r}: {exc}")
+        return
+    if digest != deck.expected[path]:
+        tally.fail(f"wrong bytes in {bytes.fromhex(path)!r}")
+    tally.add("files compared")
+
+
+def server_kills(deck: Deck, tally: Tally, count: int, seed: int) -> None:
+    """So many SIGKILLs to the server while four threads read without a pause."""
+    tree = deck.bundles / "tree"
+    tree.mkdir()
+    deck.node.clipshim("mount", deck.bundles / "index.clip", tree)
+    done = threading.Event()
+
+    def read(which: int) -> None:
+        chance = random.Random(f"{seed} {which}")
+        paths = sorted(deck.expected)
+        while not done.is_set():
+            read_file(deck, tally, tree, chance.choice(paths))
+
+    with ThreadPoolExecutor(4) as pool:
+        readers = [pool.submit(read, number) for number in range(4)]
         try:
-            node.kill_server()
-        except (AssertionError, OSError) as exc:
-            counts.fail(f"after a kill: {exc}")
-            return
-        counts.kills += 1
+            for number in range(count):
+                kill(deck, tally, "server")
+                if number % 50 == 49:
+                    print(f"{number + 1} kills, {len(tally.failures)} failures", flush=True)
+        finally:
+            done.set()
+        for reader in readers:
+            reader.result()
+    deck.node.clipshim("umount", tree)
 
 
-def _faults(gate: Gate, plan: Plan, stop: threading.Event, counts: Counts) -> None:
-    rng = random.Random(plan.seed + 2)
-    while not stop.wait(rng.uniform(1, 5)):
-        if rng.random() < 0.5:
-            gate.cut()
+def many_readers(deck: Deck, tally: Tally, count: int, seed: int) -> None:
+    """So many readers at once, of data that is not cached."""
+    tree = deck.bundles / "tree"
+    tree.mkdir()
+    deck.node.clipshim("mount", deck.bundles / "index.clip", tree)
+    chance = random.Random(seed)
+    paths = sorted(deck.expected)
+    barrier = threading.Barrier(count)
+
+    def read(path: str) -> None:
+        barrier.wait()
+        read_file(deck, tally, tree, path)
+
+    began = time.monotonic()
+    with ThreadPoolExecutor(count) as pool:
+        for done in [pool.submit(read, chance.choice(paths)) for _ in range(count)]:
+            done.result()
+    print(f"{count} readers: {time.monotonic() - began:.1f} s, server {server_rss(deck)} MiB")
+    deck.node.clipshim("umount", tree)
+
+
+def many_containers(deck: Deck, tally: Tally, count: int) -> None:
+    """So many containers of one image at once; each is asked for a file, then all are deleted."""
+    names = [f"m{number}" for number in range(count)]
+
+    def start(name: str) -> None:
+        bundle = deck.bundles / name
+        write_bundle(
+            bundle, ["/bin/sleep", "1000000"], annotations={"io.clipshim.index": "index.clip"}
+        )
+        os.link(deck.bundles / "index.clip", bundle / "index.clip")
+        log = open(bundle / "log", "wb")  # noqa: SIM115  a pipe would be kept open by the container
+        with log:
+            code = subprocess.run(
+                deck.runtime.command("run", "--detach", "--bundle", bundle, name),
+                env=deck.runtime.env,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                check=False,
+            ).returncode
+        if code:
+            tally.fail(f"container {name}: {(bundle / 'log').read_text()}")
+        tally.add("containers")
+
+    def ask(name: str) -> None:
+        command = [*PYTHON, "-c", READ_SOME, name[1:], "3"]
+        result = deck.runtime("exec", name, *command, check=False)
+        if result.returncode:
+            tally.fail(f"exec in {name}: {result.stderr[-300:]}")
         else:
-            gate.open = False
-            gate.cut()
-            stop.wait(rng.uniform(0.1, 2))
-            gate.open = True
-        counts.faults += 1
-    gate.open = True
+            compare(deck, tally, result.stdout, name)
+
+    def end(name: str) -> None:
+        result = deck.runtime("delete", "--force", name, check=False)
+        if result.returncode:
+            tally.fail(f"delete {name}: {result.stderr[-300:]}")
+
+    for what, step in (("started", start), ("asked", ask), ("deleted", end)):
+        began = time.monotonic()
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(step, names))
+        seconds = time.monotonic() - began
+        print(f"{count} containers {what}: {seconds:.1f} s, server {server_rss(deck)} MiB")
 
 
-def soak(root: Path, plan: Plan, *, tell: bool = False) -> Counts:
-    """Runs one soak below `root`."""
-    counts, stop = Counts(), threading.Event()
-    rng = random.Random(plan.seed)
-    chosen = [images.debian_image(VARIANTS[i % len(VARIANTS)]) for i in range(plan.image_count)]
-    expected = _expected(images.unpack(chosen[0], root / "unpacked"))
-    with running_registry(root / "registry") as registry:
-        gate = Gate(registry.host)
-        try:
-            with Node(root / "node", index_dirs=[str(root / "indexes")], linger_s=1.0) as node:
-                (root / "indexes").mkdir()
-                clips = []
-                for number, image in enumerate(chosen):
-                    registry.push_layout(image.layout, f"soak{number}:1", tag=images.TAG)
-                    clip = root / "indexes" / f"{number}.clip"
-                    node.clipshim("index", f"{gate.host}/soak{number}:1", clip)
-                    clips.append(clip)
-                node.start()
-                _work(root, plan, node, gate, clips, expected, counts, stop, rng, tell)
-                if node.container_mounts():
-                    counts.fail(f"mounts left: {node.container_mounts()}")
-        finally:
-            gate.close()
-    return counts
+def many_images(deck: Deck, tally: Tally, count: int) -> None:
+    """So many images mounted at once, none sharing a layer's spans with another."""
+    trees = []
+    for number in range(count):
+        clip = deck.bundles / f"image{number}.clip"
+        spacing = str((512 << 10) + 4096 * number)  # other spans: other keys in the layer store
+        deck.node.clipshim("index", "-q", "--spacing", spacing, deck.reference, clip)
+        tree = deck.bundles / f"tree{number}"
+        tree.mkdir()
+        deck.node.clipshim("mount", clip, tree)
+        trees.append(tree)
+        tally.add("images")
+    chance = random.Random(count)
+    paths = sorted(deck.expected)
+    for tree in trees:
+        for path in chance.sample(paths, 5):
+            read_file(deck, tally, tree, path)
+    print(f"{count} images mounted: server {server_rss(deck)} MiB")
+    for tree in trees:
+        deck.node.clipshim("umount", tree)
 
 
-def _work(
-    root: Path,
-    plan: Plan,
-    node: Node,
-    gate: Gate,
-    clips: list[Path],
-    expected: dict[str, str],
-    counts: Counts,
-    stop: threading.Event,
-    rng: random.Random,
-    tell: bool,
-) -> None:
-    helpers = [threading.Thread(target=_killer, args=(node, plan, stop, counts))]
-    if plan.faults:
-        helpers.append(threading.Thread(target=_faults, args=(gate, plan, stop, counts)))
-    end = time.monotonic() + plan.seconds
-    with Runtime.clipshim(root / "rt", node) as runtime:
-        for helper in helpers:
-            helper.start()
+def server_rss(deck: Deck) -> int:
+    """Resident memory of the server, in MiB."""
+    reply = wait_for("the daemon answers", deck.node.ping)
+    with open(f"/proc/{reply['pid']}/status") as file:
+        fields = dict(line.split(":", 1) for line in file)
+    return int(fields["VmRSS"].split()[0]) >> 10
 
-        def worker(number: int, seeds: Iterable[int]) -> None:
-            for turn, seed in enumerate(seeds):
-                if time.monotonic() > end or counts.failures:
-                    return
-                clip = clips[seed % len(clips)]
-                bundle = write_bundle(
-                    root / f"b{number}",
-                    ["python3", "-c", READER, str(seed), str(plan.share)],
-                    annotations={"io.clipshim.index": str(clip)},
-                )
-                _reader(runtime, bundle, f"s{number}-{turn}", expected, counts)
 
-        try:
-            workers = min(plan.containers, plan.readers)
-            seeds = [[rng.randrange(1 << 30) for _ in range(100_000)] for _ in range(workers)]
-            with ThreadPoolExecutor(workers) as pool:
-                running = [pool.submit(worker, i, seeds[i]) for i in range(workers)]
-                while tell and not all(future.done() for future in running):
-                    print(counts.line(), flush=True)
-                    time.sleep(5)
-                for future in running:
-                    future.result()
-        finally:
-            stop.set()
-            for helper in helpers:
-                helper.join()
-        wait_for("all containers are gone", lambda: not runtime.containers())
+def check_clean(deck: Deck, tally: Tally) -> None:
+    """After everything: no container's mount or directory is left."""
+    deck.node.clipshim("gc", check=False)
+    if left := deck.node.container_mounts():
+        tally.fail(f"mounts left: {left}")
+    for name in ("upper", "work"):
+        directory = deck.node.state_dir / name
+        if directory.exists() and (entries := os.listdir(directory)):
+            tally.fail(f"{name}: left {entries[:5]}")
+
+
+def prepare(stack: ExitStack, root: Path, cache_mib: int, mode: str) -> Deck:
+    """Registry, proxy, node, index and expected contents."""
+    image = images.debian_image("gzip")
+    registry = stack.enter_context(running_registry(root / "registry"))
+    registry.push_layout(image.layout, "debian:soak", tag=images.TAG)
+    proxy = stack.enter_context(FaultProxy(registry.host))
+    reference = f"{proxy.host}/debian:soak"
+    node = stack.enter_context(
+        Node(
+            root / "node",
+            mode=mode,
+            cache_bytes=cache_mib << 20,
+            connect_timeout_s=2.0,
+            read_timeout_s=2.0,
+            fetch_deadline_s=300.0,
+            daemon_timeout_s=300.0,
+            linger_s=5.0,
+            prefetch="profile",
+        )
+    )
+    bundles = root / "bundles"
+    bundles.mkdir()
+    node.clipshim("index", "-q", reference, bundles / "index.clip")
+    runtime = stack.enter_context(Runtime.clipshim(root / "runc", node))
+    expected = expected_digests(images.unpack(image, root / "unpacked"))
+    node.start()
+    return Deck(node, runtime, proxy, reference, expected, bundles)
 
 
 def main() -> int:
-    """Parses the command line, soaks, reports."""
-    parser = argparse.ArgumentParser(prog="tests/soak.sh", description=__doc__)
-    parser.add_argument("--minutes", type=float, default=60)
-    parser.add_argument("--seed", type=int, default=secrets.randbelow(1 << 31))
-    parser.add_argument("--server-kills", type=int, default=1000)
-    parser.add_argument("--containers", type=int, default=20, help="at a time, at most")
-    parser.add_argument("--readers", type=int, default=20, help="at a time, at most")
-    parser.add_argument("--images", type=int, default=3)
-    parser.add_argument("--no-faults", action="store_true", help="leave the registry alone")
-    given = parser.parse_args()
-    plan = Plan(
-        given.minutes * 60,
-        given.seed,
-        given.server_kills,
-        given.containers,
-        given.readers,
-        given.images,
-        faults=not given.no_faults,
+    """Parses the options, runs the parts that were asked for, prints the summary."""
+    parser = argparse.ArgumentParser(prog="tests/soak.sh")
+    parser.add_argument("--minutes", type=float, help="of everything at once (default 60)")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--mode", choices=("auto", "erofs", "fuse"), default="auto")
+    parser.add_argument(
+        "--cache-mib", type=int, default=80, help="small, so that spans are evicted"
     )
-    print(f"soak: seed {plan.seed}", flush=True)
+    for name in ("server-kills", "containers", "images", "readers"):
+        parser.add_argument(f"--{name}", type=int, default=0)
+    options = parser.parse_args()
+    parts = (options.server_kills, options.containers, options.images, options.readers)
+    minutes = options.minutes if options.minutes is not None else 0 if any(parts) else 60
+
     run = secrets.token_hex(4)
     root = leftovers.PARENT / f"{leftovers.PREFIX}{run}"
     root.mkdir(mode=0o711)
     (root / "owner").write_text(f"{os.getpid()} {leftovers.start_time(os.getpid())}\n")
-    (root / "tmp").mkdir(mode=0o1777)
-    os.environ.update(CLIPSHIM_TEST_RUN=run, CLIPSHIM_TEST_ROOT=str(root), TMPDIR=str(root / "tmp"))
+    os.environ.update(CLIPSHIM_TEST_RUN=run, CLIPSHIM_TEST_ROOT=str(root))
+    tally = Tally()
+    began = time.monotonic()
     try:
-        counts = soak(root, plan, tell=True)
-        left = leftovers.wait_until_gone(root, 30).lines()
-        counts.failures += [f"left behind: {line}" for line in left]
+        with ExitStack() as stack:
+            deck = prepare(stack, root, options.cache_mib, options.mode)
+            print(
+                f"seed {options.seed}, {len(deck.expected)} files, mode {options.mode}", flush=True
+            )
+            try:
+                if options.images:
+                    many_images(deck, tally, options.images)
+                if options.readers:
+                    many_readers(deck, tally, options.readers, options.seed)
+                if options.containers:
+                    many_containers(deck, tally, options.containers)
+                if options.server_kills:
+                    server_kills(deck, tally, options.server_kills, options.seed)
+                if minutes:
+                    everything(deck, tally, minutes, options.seed)
+                check_clean(deck, tally)
+            finally:
+                if tally.failures:
+                    print(deck.node.log_tail(60))
     finally:
+        left = leftovers.wait_until_gone(root, deadline_s=60).lines()
         leftovers.remove(root)
-    for failure in counts.failures[:20]:
-        print(failure, file=sys.stderr)
-    print(f"soak: seed {plan.seed}: {counts.line()}")
-    return 1 if counts.failures else 0
+    for line in left:
+        tally.fail(f"left behind: {line}")
+    for what, count in sorted(tally.counts.items()):
+        print(f"{what}: {count}")
+    print(f"{len(tally.failures)} failures in {(time.monotonic() - began) / 60:.1f} minutes")
+    return 1 if tally.failures else 0
 
 
 if __name__ == "__main__":
