@@ -161,8 +161,8 @@ def test_a_build_on_top(podman: Podman, tmp_path: Path) -> None:
         f"FROM {IMAGE}\nRUN cat /data/a >/data/built\nCOPY added /data/sub/added\n"
     )
     (tmp_path / "added").write_text("added\n")
-    build = ["build", "-q", "--network=none", "--isolation=oci", *ULIMITS, "--runtime",
-             podman.target.runtime, "-t", "localhost/built:1", tmp_path]  # fmt: skip
+    build: list[str | Path] = ["build", "-q", "--network=none", "--isolation=oci", *ULIMITS]
+    build += ["--runtime", podman.target.runtime, "-t", "localhost/built:1", tmp_path]
     if podman.target.lazy and "mount_program" in (podman.directory / "storage.conf").read_text():
         done = podman.run(*build, check=False)
         assert done.returncode != 0
