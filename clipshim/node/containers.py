@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 STATE_FILE = "state.json"
+LAYERS = "layers"  # settings.layers_mount
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,19 @@ def read_container(run_dir: str, cid: str) -> Container | None:
 
 
 def container_directories(run_dir: str) -> list[str]:
-    """Names below run_dir that hold a state file, readable or not."""
+    """Names below run_dir that hold a state file, readable or not.
+
+    Never looks into the layers mount: it is the server's own, and the server calls this.
+    """
     try:
         names = os.listdir(run_dir)
     except FileNotFoundError:
         return []
-    return sorted(name for name in names if os.path.lexists(f"{run_dir}/{name}/{STATE_FILE}"))
+    return sorted(
+        name
+        for name in names
+        if name != LAYERS and os.path.lexists(f"{run_dir}/{name}/{STATE_FILE}")
+    )
 
 
 def read_containers(run_dir: str) -> list[Container]:

@@ -104,3 +104,18 @@ def test_containers_are_read_and_damaged_ones_passed_over(tmp_path: Path) -> Non
     assert set(found) == {"good", "odd"}
     assert found["good"].image_id == "i"
     assert found["odd"].id == ""
+
+
+def test_the_layers_mount_is_never_looked_into(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server is the one that answers there: it would wait for itself for ever."""
+    (tmp_path / "layers").mkdir()
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "state.json").write_text("{}")
+    asked: list[str] = []
+    lexists = os.path.lexists
+    monkeypatch.setattr(os.path, "lexists", lambda path: asked.append(path) or lexists(path))
+
+    assert container_directories(str(tmp_path)) == ["c"]
+    assert not any("/layers" in path for path in asked)
