@@ -30,6 +30,8 @@ class Container:
 
 def read_container(run_dir: str, cid: str) -> Container | None:
     """The record of one container directory; None if there is no usable one."""
+    if cid == LAYERS:
+        return None
     path = f"{run_dir}/{cid}/{STATE_FILE}"
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)

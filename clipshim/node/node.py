@@ -36,6 +36,7 @@ from clipshim.settings import Settings
 log = logging.getLogger(__name__)
 
 EROFS_BLOCK = 512
+SYNC_S = 5.0
 
 
 class Node:
@@ -85,9 +86,13 @@ class Node:
             self._complete_device,
         )
         self.trees.on_gone = self._tree_gone
+        self.trees.recorded_images = self._recorded_images
         # one reader with the node's credentials, one without any
         self._blobs: dict[bool, BlobReader] = {}
         self._pinned: set[tuple[str, str]] = set()  # image ID, key
+
+    def _recorded_images(self) -> set[str]:
+        return {container.image_id for container in read_containers(self.settings.run_dir)}
 
     # Sources of bytes
 
@@ -227,7 +232,7 @@ class Node:
                 await trio.to_thread.run_sync(self.pin_again, tree.record)
 
     async def keep_house(self) -> None:
-        """Unmounts what lingered long enough, closes what is idle, syncs the store."""
+        """Unmounts what lingered long enough and closes what is idle."""
         pause = max(0.2, min(5.0, self.settings.linger_s / 4))
         while True:
             await trio.sleep(pause)
@@ -235,9 +240,18 @@ class Node:
             try:
                 await self.trees.unmount_idle(self.settings.linger_s)
                 self.layers.close_idle()
-                await trio.to_thread.run_sync(self.store.sync)
+                await trio.to_thread.run_sync(self.fetching.return_memory)
             except (ClipError, OSError) as exc:
                 log.error("housekeeping: %s", exc)
+
+    async def keep_synced(self) -> None:
+        """Brings the store to the disk now and then; a busy disk holds up nothing else."""
+        while True:
+            await trio.sleep(SYNC_S)
+            try:
+                await trio.to_thread.run_sync(self.store.sync)
+            except (ClipError, OSError) as exc:
+                log.error("store: %s", exc)
 
     def close(self) -> None:
         """Orderly end: what is marked is on the disk."""

@@ -54,6 +54,7 @@ async def run(settings: Settings, arguments: str) -> None:
             log.info("serving", extra={"trees": len(node.trees.trees)})
             gc.freeze()  # what is loaded now stays: later collections need not walk it
             nursery.start_soon(node.keep_house)
+            nursery.start_soon(node.keep_synced)
             if settings.metrics_address:
                 nursery.start_soon(_serve_metrics, node)
             await trio.sleep_forever()

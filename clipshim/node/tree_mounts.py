@@ -109,6 +109,7 @@ class TreeMounts:
         self._probe_done = False
         self.trees: dict[str, Tree] = {}
         self.on_gone: Callable[[TreeRecord], None] = lambda _record: None
+        self.recorded_images: Callable[[], set[str]] = set
         self.failures = 0
         self.mounts = 0
 
@@ -356,9 +357,13 @@ class TreeMounts:
         return sorted({hold for tree in self.trees.values() for hold in tree.holds})
 
     def idle(self, linger_s: float) -> list[Tree]:
-        """Trees that nobody has needed for so long."""
+        """Trees that nobody has needed for so long, and that no container is recorded with.
+
+        The record counts too: a server that died between its answer and the container's record of
+        it has left no hold for its successor to find.
+        """
         now = trio.current_time()
-        return [
+        found = [
             tree
             for tree in self.trees.values()
             if tree.state is State.MOUNTED
@@ -366,6 +371,8 @@ class TreeMounts:
             and not tree.coming
             and now - tree.idle_since >= linger_s
         ]
+        recorded = self.recorded_images() if found else set()
+        return [tree for tree in found if tree.image_id not in recorded]
 
     async def unmount_idle(self, linger_s: float) -> list[str]:
         """Unmounts those; returns their image IDs."""

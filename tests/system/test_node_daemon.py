@@ -370,3 +370,21 @@ def test_metrics_are_served_on_a_loopback_port(make_node: Callable[..., Node]) -
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=60)
             return
     raise AssertionError("no port was free")
+
+
+def test_a_tree_stays_while_a_container_is_recorded_with_it(
+    make_node: Callable[..., Node], image: tuple[str, dict[str, str]], tmp_path: Path
+) -> None:
+    node = make_node(linger_s=0.0)
+    node.start()
+    answer = node_trees.mount(node, node_trees.index(node, image[0]), "box")
+    (tmp_path / "box").mkdir()  # its runtime knows it
+    (node.run_dir / "box").mkdir()
+    state = {"version": 1, "id": "box", "root": str(tmp_path), "image_id": answer["image_id"]}
+    record = node.run_dir / "box" / "state.json"
+    record.write_text(json.dumps(state))
+    node.call("release", container="box")  # as a successor that has never heard of the hold
+    assert node.call("gc", dry_run=False)["removed"] == []
+    assert answer["tree"] in node.mounts()
+    record.unlink()
+    wait_for("the tree is unmounted", lambda: answer["tree"] not in node.mounts())
