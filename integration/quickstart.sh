@@ -82,10 +82,14 @@ finish() {
 clipshim=$venv/bin/clipshim
 python=$venv/bin/python
 
+# What a run that was killed has left mounted.
+release_look() { ! mountpoint -q "$cache/look" || "$clipshim" umount "$cache/look"; }
+
 if [ -n "$clean" ]; then
-    [ ! -x "$clipshim" ] || "$clipshim" daemon --stop -q || true
+    release_look
+    [ ! -x "$clipshim" ] || "$clipshim" daemon --stop -q || die "the daemon needs its program"
     rm -rf "$cache"
-    if [ -z "${CLIPSHIM_DEMO_VENV:-}" ]; then
+    if [ -z "${CLIPSHIM_DEMO_VENV:-}" ] && [ -e "$venv/stamp" ]; then
         link=$prefix/usr/local/bin/clipshim
         [ "$(readlink "$link" 2>/dev/null)" != "$clipshim" ] || rm -f "$link"
         rm -rf "$venv"
@@ -229,6 +233,7 @@ index=$("$python" -c 'import json, sys; print(json.load(open(sys.argv[1]))["inde
 
 say "2. look: the tree, mounted by hand"
 mkdir -p "$cache/look"
+release_look
 "$clipshim" mount "$index" "$cache/look" -q
 mounted=$cache/look
 links() { stat -c %h "$cache/look/$1" 2>/dev/null || printf 'none'; }
