@@ -115,7 +115,12 @@ def test_the_layers_mount_is_never_looked_into(
     (tmp_path / "c" / "state.json").write_text("{}")
     asked: list[str] = []
     lexists = os.path.lexists
-    monkeypatch.setattr(os.path, "lexists", lambda path: asked.append(path) or lexists(path))
+
+    def note(path: str) -> bool:
+        asked.append(path)
+        return lexists(path)
+
+    monkeypatch.setattr(os.path, "lexists", note)
 
     assert container_directories(str(tmp_path)) == ["c"]
     assert not any("/layers" in path for path in asked)
