@@ -118,12 +118,20 @@ class Cri:
         answer = self._call("ImageService", "ImageStatus", (1, Message([(1, name)])))
         return any(number == 1 and value for number, value in _fields(answer))
 
-    def run_sandbox(self, name: str, handler: str, cgroup_parent: str) -> tuple[str, Message]:
+    def run_sandbox(
+        self,
+        name: str,
+        handler: str,
+        cgroup_parent: str,
+        annotations: dict[str, str] | None = None,
+    ) -> tuple[str, Message]:
         """Starts a pod on the node's network; its id, and its configuration for create()."""
         namespaces = Message([(1, NETWORK_OF_NODE)])
         linux = Message([(1, cgroup_parent), (2, Message([(1, namespaces)]))])
         metadata = Message([(1, name), (2, f"uid-{name}"), (3, "default"), (4, 0)])
         config = Message([(1, metadata), (8, linux)])
+        for key, value in (annotations or {}).items():
+            config.append((7, Message([(1, key), (2, value)])))
         return _text(self._runtime("RunPodSandbox", (1, config), (2, handler)), 1), config
 
     def create(

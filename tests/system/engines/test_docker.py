@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from tests.support.engine import Target
 
 pytestmark = pytest.mark.engine
-AT_ONCE = 20
+AT_ONCE = 30
 
 
 @pytest.fixture(scope="session")

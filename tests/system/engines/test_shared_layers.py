@@ -86,10 +86,10 @@ def engines(
         other = Podman(run_root / f"slp-{target.name[0]}", other_target)
         try:
             yield Engines(docker, other, registry)
-            for each in (target, other_target):
-                wait_for(
-                    "no container mount is left", lambda node=each: not node.container_mounts()
-                )
+            wait_for(
+                "no container mount is left",
+                lambda: not (target.container_mounts() or other_target.container_mounts()),
+            )
         finally:
             other.close()
     finally:
