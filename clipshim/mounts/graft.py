@@ -24,6 +24,7 @@ class EngineOverlay:
     """An overlay as an engine mounted it, with absolute names."""
 
     __slots__ = (
+        "hides_layers",
         "is_fuse",
         "lowers",
         "mount_options",
@@ -53,6 +54,7 @@ class EngineOverlay:
         self.options = tuple(options)  # as the kernel takes them, without layers
         self.mount_options = tuple(mount_options)
         self.volatile = volatile
+        self.hides_layers = False  # a graft is to have the tree in place of the engine's layers
         self.is_fuse = is_fuse  # mounted by fuse-overlayfs, and to be mounted by it again
 
     def plan(self) -> overlay.OverlayPlan:
@@ -68,7 +70,7 @@ class EngineOverlay:
         )
 
     def graft_plan(self, tree: str) -> overlay.OverlayPlan:
-        """The same overlay with `tree` as its lowest layer.
+        """The same overlay with `tree` as its lowest layer, or as its only one.
 
         redirect_dir is not kept: a directory of the tree that was renamed with a redirect would be
         an empty one to the engine's diff and commit, which mount the layers without the tree.
@@ -79,7 +81,7 @@ class EngineOverlay:
             options.append("volatile")
         return overlay.OverlayPlan(
             self.target,
-            (*self.lowers, tree),
+            (tree,) if self.hides_layers else (*self.lowers, tree),
             upper=self.upper,
             work=self.work,
             options=options,

@@ -8,6 +8,7 @@ import os
 
 from clipshim.errors import ClipError, StoreError
 from clipshim.shim import bundle, daemon_client, daemon_start, rootfs, teardown
+from clipshim.shim.runtime_log import RuntimeLog
 from clipshim.shim.state import (
     STATE_VERSION,
     ContainerLock,
@@ -45,16 +46,16 @@ def create_with_index(call: "Call", found: "Bundle", named: "Source") -> "int | 
         try:
             return _create_locked(call, found, named, key, kept)
         except ClipError as exc:
-            daemon_client.tell(
-                settings.daemon_socket,
-                {
-                    "op": "event",
-                    "name": "container_failed",
-                    "cause": type(exc).__name__,
-                    "container": key,
-                },
-            )
+            _tell_failure(settings, key, type(exc).__name__)
             raise
+
+
+def _tell_failure(settings: "Settings", key: str, cause: str) -> None:
+    if cause:
+        daemon_client.tell(
+            settings.daemon_socket,
+            {"op": "event", "name": "container_failed", "cause": cause, "container": key},
+        )
 
 
 def _create_locked(
@@ -67,7 +68,7 @@ def _create_locked(
             undo.push(teardown.forget, settings, directory)
         else:
             undo.push(kept.save)
-        engine = rootfs.engine_overlay(found.rootfs, settings.run_dir) if named.is_stub else None
+        engine = _engine_overlay(call, found, named, kept)
         state = _planned(call, found, named, key, engine)
         state.save()
         trace("create-planned")
@@ -88,9 +89,14 @@ def _create_locked(
         finally:
             os.close(tree.fd)
         if engine is None and not state.values.get("in_place"):
-            undo.push(_restore_config, found, target, state.text("original_root"))
+            original_root = state.text("original_root")
+            bundle.keep_original(state.kept_config, _original_config(settings, found))
+            undo.push(
+                bundle.restore_root_path, found.path, target, original_root, state.kept_config
+            )
             found.set_root_path(target)
         trace("create-config")
+        said = RuntimeLog(call.line.options)
         status = call.run_runtime()
         if not state.is_gone():
             undo.commit()
@@ -99,8 +105,34 @@ def _create_locked(
                 settings.daemon_socket,
                 {"op": "event", "name": "container_started", "container": key},
             )
-        # else it failed, or ran in the foreground and ended: leaving the block unwinds
+        else:  # it failed, or ran in the foreground and ended: leaving the block unwinds
+            _tell_failure(settings, key, said.failure(status, call.line.verb))
         return status
+
+
+def _engine_overlay(
+    call: "Call", found: "Bundle", named: "Source", kept: "ContainerState | None"
+) -> "EngineOverlay | None":
+    """The engine's overlay, if the tree can be grafted there; None for an own rootfs.
+
+    Containers that only name an image get a graft too, without the layers of the engine's image: so
+    restarts, commits and the engine's accounting of disk space find what they have written. Not
+    with `run`, which is people's: what they have mounted stays as it is.
+    """
+    run_dir = call.settings.run_dir
+    if named.is_stub:
+        return rootfs.engine_overlay(found.rootfs, run_dir)
+    restores_own = kept is not None and kept.text("kind") == "own"
+    if call.line.verb == "run" or restores_own or found.maps_users or found.rootfs in ("", "/"):
+        return None
+    try:
+        engine = rootfs.engine_overlay(found.rootfs, run_dir)
+    except (ClipError, OSError):
+        return None  # no rootfs, or none that an engine mounted in a way that is known
+    if engine is None or not engine.upper:
+        return None
+    engine.hides_layers = True
+    return engine
 
 
 def _planned(
@@ -135,7 +167,7 @@ def _planned(
             values["in_place"] = True
             values["rootfs"] = os.path.realpath(found.rootfs)
     else:
-        values["lowers"] = list(engine.lowers)
+        values["lowers"] = [] if engine.hides_layers else list(engine.lowers)
         values["engine_options"] = list(engine.options)
     return ContainerState(directory, values)
 
@@ -174,20 +206,32 @@ def _remove_stale(settings: "Settings", key: str, *, restoring: bool) -> "Contai
     return None
 
 
+def _other_state(settings: "Settings", found: "Bundle") -> "ContainerState | None":
+    """The container that root.path has been rewritten for, if it is another's rootfs."""
+    path = found.root_path
+    prefix, suffix = f"{settings.run_dir}/", "/rootfs"
+    if not path.startswith(prefix) or not path.endswith(suffix):
+        return None
+    other = path[len(prefix) : -len(suffix)]
+    if not other or "/" in other:
+        return None
+    try:
+        return load_state(settings, other)
+    except StoreError:
+        return None
+
+
 def _original_root(settings: "Settings", found: "Bundle") -> str:
     """root.path as the bundle's author wrote it, even if another container rewrote it."""
     path = found.root_path
-    prefix, suffix = f"{settings.run_dir}/", "/rootfs"
-    if path.startswith(prefix) and path.endswith(suffix):
-        other = path[len(prefix) : -len(suffix)]
-        if other and "/" not in other:
-            try:
-                state = load_state(settings, other)
-            except StoreError:
-                state = None
-            return (state.text("original_root") if state else "") or "rootfs"
-    return path
+    if not path.startswith(f"{settings.run_dir}/") or not path.endswith("/rootfs"):
+        return path
+    other = _other_state(settings, found)
+    return (other.text("original_root") if other else "") or "rootfs"
 
 
-def _restore_config(found: "Bundle", ours: str, original: str) -> None:
-    bundle.restore_root_path(found.path, ours, original)
+def _original_config(settings: "Settings", found: "Bundle") -> bytes:
+    """config.json as the bundle's author wrote it, as far as that is known."""
+    other = _other_state(settings, found)
+    kept = bundle.kept_original(other.kept_config, found) if other else b""
+    return kept or found.raw

@@ -2,7 +2,8 @@
 
 own    overlay over the tree with clipshim's upper and work directory, mounted at
        <run_dir>/<cid>/rootfs; the caller rewrites root.path
-graft  the engine's own overlay, mounted again in place with the tree as its lowest layer
+graft  the engine's own overlay, mounted again in place with the tree as its lowest layer (a stub)
+       or instead of its layers (an image that was named); what is written stays the engine's
 
 What cannot be grafted because it is no overlay (a bind mount, a directory) becomes an own rootfs
 that has the engine's rootfs above the tree.
@@ -160,7 +161,8 @@ def _mount_graft(
         raise MountError(
             f"rootfs {engine.target}: the engine's overlay cannot be replaced: {exc}"
         ) from exc
-    undo.push(_mount_again, engine)
+    if engine.lowers:  # none: what an interrupted create has left, which nobody can put back
+        undo.push(_mount_again, engine)
     trace("create-unmounted")
     if engine.volatile and engine.work:
         graft.forget_volatile(engine.work)

@@ -17,7 +17,7 @@ import pytest
 from clipshim.mounts import mountinfo, overlay, syscalls
 from clipshim.shim import trace
 from tests.support import images
-from tests.support.node import Node
+from tests.support.node import Node, wait_for
 from tests.support.runtimes import Runtime, write_bundle
 
 if TYPE_CHECKING:
@@ -228,3 +228,48 @@ def test_links_in_a_rootfs_make_no_stub(
     engine.write_bundle("true")
     done = runtime("run", "-b", engine.bundle, "box", check=False)
     assert "/bin/sh" in done.stderr, "an ordinary, empty rootfs"
+
+
+def test_an_image_that_is_named_takes_the_place_of_the_engines_layers(
+    engine: Engine, runtime: Runtime, stub_clip: Path
+) -> None:
+    """What the container writes is the engine's, as its restarts and commits expect."""
+    engine.mount("index=off")
+    script = "ls /bin/busybox; ls -d /middle /top; cat /etc/passwd; echo new >/new"
+    engine.write_bundle(script)
+    shutil.copy(stub_clip, engine.bundle / "it.clip")
+    config = json.loads((engine.bundle / "config.json").read_text())
+    config["annotations"] = {"io.clipshim.index": "it.clip"}
+    (engine.bundle / "config.json").write_text(json.dumps(config))
+    output = engine.bundle / "output"
+    with open(output, "wb") as out:
+        command = runtime.command("create", "-b", engine.bundle, "box")
+        subprocess.run(command, env=runtime.env, stdin=subprocess.DEVNULL, stdout=out, stderr=out,
+                       check=True)  # fmt: skip
+    runtime("start", "box")
+    wait_for("it has ended", lambda: '"stopped"' in runtime("state", "box").stdout)
+    runtime("delete", "box")
+    lines = output.read_text().splitlines()
+    assert lines[0] == "/bin/busybox"
+    assert "/top" in lines, "the engine's upper directory"
+    assert "/middle" not in lines, "the engine's image"
+    assert "from the stub" not in lines
+    assert (engine.upper / "new").read_text() == "new\n"
+    assert json.loads((engine.bundle / "config.json").read_text()) == config
+    assert len(engine.mounts()) == 1
+    engine.close()
+
+
+def test_a_rootfs_that_a_person_mounted_stays_as_it_is(
+    engine: Engine, runtime: Runtime, stub_clip: Path
+) -> None:
+    engine.mount("index=off")
+    engine.write_bundle("ls /bin/busybox; ls -d /top; echo new >/new")
+    shutil.copy(stub_clip, engine.bundle / "it.clip")
+    config = json.loads((engine.bundle / "config.json").read_text())
+    config["annotations"] = {"io.clipshim.index": "it.clip"}
+    (engine.bundle / "config.json").write_text(json.dumps(config))
+    done = runtime("run", "-b", engine.bundle, "box", check=False)
+    assert done.stdout == "/bin/busybox\n"
+    assert not (engine.upper / "new").exists()
+    assert sorted(os.listdir(engine.merged)) == [".clip", "etc", "middle", "top"]

@@ -161,7 +161,9 @@ def test_podman_by_index_file_and_by_digest(podman: Podman, clip: Path) -> None:
     assert podman_run(podman, INDEX, f"sha256:{digest}") == GROUPS
 
 
-def test_podman_exec_copy_and_volumes(podman: Podman, tiny_reference: str, tmp_path: Path) -> None:
+def test_podman_exec_copy_volumes_and_restart(
+    podman: Podman, tiny_reference: str, tmp_path: Path
+) -> None:
     (tmp_path / "f").write_text("bound\n")
     name = podman.start_container(
         "-d", "-v", f"{tmp_path}:/usr/bin", "--annotation", f"{IMAGE}={tiny_reference}", EMPTY,
@@ -171,6 +173,9 @@ def test_podman_exec_copy_and_volumes(podman: Podman, tiny_reference: str, tmp_p
         assert podman("exec", name, "cat", "/usr/bin/f", "/etc/group") == f"bound\n{GROUPS}"
         podman("cp", tmp_path / "f", f"{name}:/etc/copied")
         assert podman("exec", name, "cat", "/etc/copied") == "bound"
+        podman("restart", "-t", "0", name)
+        assert podman("exec", name, "cat", "/etc/copied", "/etc/group") == f"bound\n{GROUPS}"
+        assert "A /etc/copied" in podman("diff", name).splitlines()
     finally:
         podman("rm", "-f", "-t", "0", name)
 
