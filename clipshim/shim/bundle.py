@@ -18,11 +18,12 @@ MAX_CONFIG_BYTES = 16 << 20
 class Bundle:
     """One bundle directory with its config.json."""
 
-    __slots__ = ("config", "path")
+    __slots__ = ("config", "path", "raw")
 
-    def __init__(self, path: str, config: "dict[str, Any]") -> None:
+    def __init__(self, path: str, config: "dict[str, Any]", raw: bytes) -> None:
         self.path = path  # absolute, links resolved
         self.config = config
+        self.raw = raw  # config.json as it was read
 
     @property
     def annotations(self) -> "dict[str, str]":
@@ -60,14 +61,14 @@ class Bundle:
         """Replaces root.path in config.json: the whole new file or the whole old one is there."""
         root = self.config.setdefault("root", {})
         root["path"] = path
-        self._write()
+        self.replace(json_text.dumps(self.config).encode())
 
-    def _write(self) -> None:
+    def replace(self, data: bytes) -> None:
+        """Replaces config.json, keeping its owner and mode."""
         name = f"{self.path}/config.json"
         temporary = f"{self.path}/.config.json.clipshim"
         try:
             before = os.stat(name)
-            data = json_text.dumps(self.config).encode()
             try:
                 os.unlink(temporary)
             except FileNotFoundError:
@@ -119,15 +120,63 @@ def read_bundle(path: str) -> "Bundle | None":
         return None
     finally:
         os.close(fd)
+    return parse_bundle(real, b"".join(chunks))
+
+
+def parse_bundle(path: str, raw: bytes) -> "Bundle | None":
+    """A bundle with this config.json; None if it is not one that can be rewritten."""
     try:
-        config = json_text.loads(b"".join(chunks))
+        config = json_text.loads(raw)
     except ValueError:
         return None
-    return Bundle(real, config) if isinstance(config, dict) else None
+    return Bundle(path, config, raw) if isinstance(config, dict) else None
 
 
-def restore_root_path(bundle_path: str, ours: str, original: str) -> None:
-    """Puts root.path back if it is still the one that clipshim wrote; else does nothing."""
+def keep_original(path: str, raw: bytes) -> None:
+    """Writes config.json's bytes to a file of ours, for restore_root_path."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
+    fd = os.open(path, flags, 0o600)  # process.env may hold secrets
+    try:
+        view = memoryview(raw)
+        while view:
+            view = view[os.write(fd, view) :]
+    finally:
+        os.close(fd)
+
+
+def kept_original(path: str, now: "Bundle") -> bytes:
+    """The bytes that were kept, if `now` is what clipshim made of them; else none."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return b""
+    try:
+        raw = os.read(fd, MAX_CONFIG_BYTES)
+    except OSError:
+        return b""
+    finally:
+        os.close(fd)
+    before = parse_bundle(now.path, raw)
+    if before is None:
+        return b""
+    root = before.config.setdefault("root", {})
+    if not isinstance(root, dict):
+        return b""
+    root["path"] = now.root_path
+    return raw if json_text.dumps(before.config).encode() == now.raw else b""
+
+
+def restore_root_path(bundle_path: str, ours: str, original: str, kept: str) -> None:
+    """Puts config.json back if root.path is still the one that clipshim wrote; else does nothing.
+
+    Byte for byte from the file `kept`, unless somebody changed something else in the meantime: then
+    only root.path becomes `original` again.
+    """
     bundle = read_bundle(bundle_path)
-    if bundle is not None and original and bundle.root_path == ours:
+    if bundle is None or not original or bundle.root_path != ours:
+        return
+    raw = kept_original(kept, bundle)
+    if raw:
+        bundle.replace(raw)
+    else:
         bundle.set_root_path(original)

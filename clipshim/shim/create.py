@@ -46,16 +46,15 @@ def create_with_index(call: "Call", found: "Bundle", named: "Source") -> "int | 
         try:
             return _create_locked(call, found, named, key, kept)
         except ClipError as exc:
-            _tell_failure(settings, key, type(exc).__name__)
+            _tell_outcome(settings, key, type(exc).__name__)
             raise
 
 
-def _tell_failure(settings: "Settings", key: str, cause: str) -> None:
-    if cause:
-        daemon_client.tell(
-            settings.daemon_socket,
-            {"op": "event", "name": "container_failed", "cause": cause, "container": key},
-        )
+def _tell_outcome(settings: "Settings", key: str, failure: str) -> None:
+    event = {"op": "event", "name": "container_started", "container": key}
+    if failure:
+        event |= {"name": "container_failed", "cause": failure}
+    daemon_client.tell(settings.daemon_socket, event)
 
 
 def _create_locked(
@@ -101,12 +100,10 @@ def _create_locked(
         if not state.is_gone():
             undo.commit()
             trace("create-done")
-            daemon_client.tell(
-                settings.daemon_socket,
-                {"op": "event", "name": "container_started", "container": key},
-            )
+            cause = ""
         else:  # it failed, or ran in the foreground and ended: leaving the block unwinds
-            _tell_failure(settings, key, said.failure(status, call.line.verb))
+            cause = said.failure(status, call.line.verb)
+        _tell_outcome(settings, key, cause)
         return status
 
 

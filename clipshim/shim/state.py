@@ -4,6 +4,7 @@
         lock         held (flock) while a verb works on the container; survives nobody's death
         state.json   the plan, written before the first mount, so that whatever a crash leaves
                      behind can be found and taken down by the next one
+        config.json  the bundle's, as it was before root.path was rewritten
         rootfs/      mount point of an own rootfs
         lower/       where the tree is attached while the overlay is being mounted
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from clipshim.settings import Settings
 
 STATE_VERSION = 1
+KEPT_CONFIG = "config.json"
 DEFAULT_ROOT = "/run/runc"
 MAX_STATE_BYTES = 4 << 20
 # what else lies in run_dir: an ID of that name gets the longer key
@@ -75,6 +77,11 @@ class ContainerState:
     def runtime_directory(self) -> str:
         """Where the low-level runtime keeps its own state of the container."""
         return os.path.join(self.text("root") or DEFAULT_ROOT, self.text("id"))
+
+    @property
+    def kept_config(self) -> str:
+        """Where the bundle's config.json is kept as it was."""
+        return f"{self.directory}/{KEPT_CONFIG}"
 
     def is_gone(self) -> bool:
         """Whether the low-level runtime knows the container no more (or never did)."""

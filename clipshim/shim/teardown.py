@@ -11,6 +11,7 @@ import os
 from clipshim.errors import ClipError
 from clipshim.mounts import mountinfo, syscalls
 from clipshim.shim import bundle, daemon_client
+from clipshim.shim.state import KEPT_CONFIG
 from clipshim.shim.trace import trace
 
 TYPE_CHECKING = False
@@ -60,7 +61,9 @@ def forget(settings: "Settings", directory: str, *, keep_directory: bool = False
             os.rmdir(f"{directory}/{name}")
         except FileNotFoundError:
             continue
-    names = (".state.json.tmp", "state.json") + (() if keep_directory else ("lock",))
+    names = [".state.json.tmp", "state.json", KEPT_CONFIG]
+    if not keep_directory:
+        names.append("lock")
     for name in names:
         try:
             os.unlink(f"{directory}/{name}")
@@ -141,7 +144,10 @@ def _unmount_in_place(state: "ContainerState") -> None:
 def _restore_config(state: "ContainerState") -> None:
     try:
         bundle.restore_root_path(
-            state.text("bundle"), state.text("rootfs"), state.text("original_root")
+            state.text("bundle"),
+            state.text("rootfs"),
+            state.text("original_root"),
+            state.kept_config,
         )
     except ClipError:
         return  # the engine's bundle may be gone or read-only; it is the engine's to remove

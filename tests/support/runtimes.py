@@ -145,5 +145,6 @@ def write_bundle(
     linux["namespaces"] = [space for space in linux["namespaces"] if space["type"] != "network"]
     run_root = Path(os.environ["CLIPSHIM_TEST_ROOT"]).name
     linux["cgroupsPath"] = f"/{run_root}/{directory.name}-{os.urandom(3).hex()}"
-    (directory / "config.json").write_text(json.dumps(config))
+    # not as clipshim itself writes it, so that what is put back can be told from what is rewritten
+    (directory / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     return directory

@@ -111,7 +111,7 @@ def test_a_life(node: Node, runtime: Runtime, bundle: Callable[..., Path]) -> No
     wait_for("it stops", lambda: runtime.status("box") == "stopped")
     runtime("delete", "box")
     assert_clean(node)
-    assert json.loads((path / "config.json").read_text()) == json.loads(before)
+    assert (path / "config.json").read_text() == before
     assert runtime("delete", "--force", "box").stderr == ""
     assert runtime("delete", "box", check=False).returncode == 1
 
@@ -148,7 +148,43 @@ def test_a_failed_create_leaves_nothing(
     assert "/nowhere" in error_of(log)
     assert done.stdout == ""
     assert_clean(node)
-    assert json.loads((path / "config.json").read_text()) == json.loads(before)
+    assert (path / "config.json").read_text() == before
+
+
+REFUSING_RUNTIME = """#!/bin/sh
+while [ "$1" != create ]; do
+    [ "$1" = --log ] && log=$2
+    shift
+done
+echo "$SAID" >>"$log"
+echo "$SAID" >&2
+exit 1
+"""
+
+
+def test_deleted_directories_are_counted(
+    make_node: Callable[..., Node], tmp_path: Path, bundle: Callable[..., Path]
+) -> None:
+    """With a runtime that says what runc says of a mount target without links."""
+    fake = tmp_path / "fake-runtime"
+    fake.write_text(REFUSING_RUNTIME)
+    fake.chmod(0o755)
+    node = make_node(runtimes=[str(fake)])
+    log = tmp_path / "log"
+    with Runtime.clipshim(tmp_path / "root", node) as runtime:
+        for said in ("/proc wandered into deleted directory", "something else"):
+            runtime.env = {**node.env, "SAID": said}
+            done = runtime("--log", log, "create", "-b", bundle(LOOP), "box", check=False)
+            assert (done.returncode, done.stdout, done.stderr) == (1, "", f"{said}\n")
+        assert log.read_text().count("deleted directory") == 1
+
+        def counted() -> bool:  # the shim does not wait for the daemon to count
+            text = str(node.call("metrics")["text"])
+            return 'cause="DeletedDirectory"' in text and 'cause="RuntimeFailed"' in text
+
+        wait_for("the failures are counted", counted)
+        assert "clipshim_deleted_directory_total 1.0" in node.call("metrics")["text"]
+    assert_clean(node)
 
 
 @pytest.mark.parametrize(
@@ -370,13 +406,13 @@ def test_killed_in_create_the_next_one_cleans(
     step: str, node: Node, runtime: Runtime, bundle: Callable[..., Path]
 ) -> None:
     path = bundle(LOOP)
-    before = json.loads((path / "config.json").read_text())
+    before = (path / "config.json").read_text()
     runtime.env = {**node.env, trace.TRACE_ENV: step}
     assert runtime.quietly("create", "-b", path, "box", check=False).returncode == -signal.SIGKILL
     runtime.env = node.env
     runtime("delete", "--force", "box")
     assert_clean(node)
-    assert json.loads((path / "config.json").read_text()) == before
+    assert (path / "config.json").read_text() == before
     runtime.env = {**node.env, trace.TRACE_ENV: step}
     assert runtime.quietly("create", "-b", path, "box", check=False).returncode == -signal.SIGKILL
     runtime.env = node.env
@@ -427,12 +463,12 @@ def test_two_containers_of_one_bundle(
     node: Node, runtime: Runtime, bundle: Callable[..., Path]
 ) -> None:
     path = bundle(LOOP)
-    before = json.loads((path / "config.json").read_text())
+    before = (path / "config.json").read_text()
     for name in ("one", "two"):
         runtime.quietly("create", "-b", path, name)
     for name in ("one", "two"):
         runtime("delete", "--force", name)
-    assert json.loads((path / "config.json").read_text()) == before
+    assert (path / "config.json").read_text() == before
 
 
 def test_checkpoint_keeps_what_restore_needs(

@@ -131,11 +131,59 @@ def test_replacing_the_root_keeps_unknown_fields(tmp_path: Path) -> None:
     assert after["future"] == before["future"]
     assert "1.5" in path.read_text()
     assert path.stat().st_mode & 0o777 == 0o640
-    bundle.restore_root_path(str(tmp_path / "b"), "/other", "rootfs")
+    bundle.restore_root_path(str(tmp_path / "b"), "/other", "rootfs", "")
     assert json.loads(path.read_text())["root"]["path"] == "/new"
-    bundle.restore_root_path(str(tmp_path / "b"), "/new", "rootfs")
+    bundle.restore_root_path(str(tmp_path / "b"), "/new", "rootfs", "")
     assert json.loads(path.read_text()) == before
     assert sorted(os.listdir(tmp_path / "b")) == ["config.json", "rootfs"]
+
+
+ODD_CONFIG = b"""{ "root" : {"path":"rootfs" , "readonly": false},
+  "number": 1.50e3, "name": "\xc3\xa9\\u00e9\\/", "nothing": null
+}
+"""
+
+
+def _rewritten(directory: Path, raw: bytes) -> tuple[Path, str]:
+    """config.json of a bundle after clipshim has set root.path, and the file that keeps `raw`."""
+    directory.mkdir()
+    path, kept = directory / "config.json", str(directory / "kept")
+    path.write_bytes(raw)
+    made = bundle.read_bundle(str(directory))
+    assert made is not None
+    bundle.keep_original(kept, made.raw)
+    made.set_root_path("/new")
+    assert json.loads(path.read_bytes())["root"]["path"] == "/new"
+    return path, kept
+
+
+@pytest.mark.parametrize("raw", [ODD_CONFIG, b'{"a":1}', b'{"root":{}}\n'])
+def test_config_is_restored_byte_for_byte(tmp_path: Path, raw: bytes) -> None:
+    path, kept = _rewritten(tmp_path / "b", raw)
+    bundle.restore_root_path(str(tmp_path / "b"), "/new", "rootfs", kept)
+    assert path.read_bytes() == raw
+    assert os.stat(kept).st_mode & 0o077 == 0, "it may hold secrets"
+
+
+def test_what_others_changed_in_config_stays(tmp_path: Path) -> None:
+    path, kept = _rewritten(tmp_path / "b", ODD_CONFIG)
+    changed = json.loads(path.read_bytes()) | {"hostname": "changed"}
+    path.write_text(json.dumps(changed))
+    bundle.restore_root_path(str(tmp_path / "b"), "/new", "rootfs", kept)
+    after = json.loads(path.read_bytes())
+    assert (after["hostname"], after["root"]["path"]) == ("changed", "rootfs")
+
+
+def test_a_damaged_copy_of_config_is_not_used(tmp_path: Path) -> None:
+    path, kept = _rewritten(tmp_path / "b", ODD_CONFIG)
+    for damaged in (b"", b"{", b"[]", b'{"root": 3}', ODD_CONFIG[:20]):
+        (tmp_path / "b/kept").write_bytes(damaged)
+        bundle.restore_root_path(str(tmp_path / "b"), "/new", "rootfs", kept)
+        after = json.loads(path.read_bytes())
+        assert (after["root"]["path"], after["nothing"]) == ("rootfs", None)
+        again = bundle.read_bundle(str(tmp_path / "b"))
+        assert again is not None
+        again.set_root_path("/new")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", "\xff"])
