@@ -1,7 +1,7 @@
 """Reads single files of an image through its index, without the node daemon.
 
-For /etc/passwd and /etc/group, when a bundle or a stub is made: a few spans are fetched, verified
-and thrown away. Not for bulk reading: nothing is cached.
+For /etc/passwd and /etc/group and what volumes begin with, when a bundle or a stub is made: a few
+spans are fetched, verified and thrown away. Not for bulk reading: nothing is cached.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ if TYPE_CHECKING:
     from clipshim.registry.access import RegistryAccess
 
 MAX_FILE_BYTES = 4 << 20  # a passwd file of 40,000 accounts; more is no passwd file
+MAX_ENTRIES = 200
 MAX_LINKS = 40  # what the kernel follows
 DEADLINE_S = 120.0
 
 
 class FileEntry(NamedTuple):
-    """A regular file or directory of an image."""
+    """A regular file, directory or symbolic link (its content is the target) of an image."""
 
     content: bytes
     mode: int  # with the type's bits
@@ -68,6 +69,75 @@ class ImageFiles:
             return None
         return FileEntry(content, facts.mode, facts.uid, facts.gid, facts.mtime_ns)
 
+    def way(self, path: str) -> dict[str, FileEntry]:
+        """The directories and links that an absolute `path` leads through, as far as it leads.
+
+        By their own names, in the order of the way; the last may be `path` itself.
+        """
+        found: dict[str, FileEntry] = {}
+        pending = [part for part in os.fsencode(path).split(b"/") if part]
+        trail: list[tuple[bytes, int]] = []
+        links = 0
+        while pending:
+            name = pending.pop(0)
+            if name in (b".", b".."):
+                del trail[len(trail) - (name == b"..") :]
+                continue
+            here = trail[-1][1] if trail else self._image.root_nid
+            nid = self._image.lookup(here, name)
+            if nid is None:
+                break
+            mode = self._image.stat(nid).mode
+            if not (stat.S_ISDIR(mode) or stat.S_ISLNK(mode)):
+                break
+            entry = self._entry(nid)
+            full = b"/".join((b"", *(part for part, _ in trail), name))
+            found[os.fsdecode(full)] = entry
+            if stat.S_ISDIR(entry.mode):
+                trail.append((name, nid))
+                continue
+            links += 1
+            if links > MAX_LINKS:
+                break
+            if entry.content.startswith(b"/"):
+                trail = []
+            pending = [part for part in entry.content.split(b"/") if part] + pending
+        return found
+
+    def below(self, path: str, *, limit: int) -> dict[str, FileEntry] | None:
+        """All directories, files and links below the directory `path`, which has no link in it.
+
+        None when they are more than `limit` bytes or MAX_ENTRIES, or not all can be had like this.
+        """
+        top = self._walk(path)
+        if top is None or not stat.S_ISDIR(self._image.stat(top).mode):
+            return {}
+        found: dict[str, int] = {}
+        directories = [(path.rstrip("/"), top)]
+        while directories:
+            base, parent = directories.pop()
+            for name, nid, _ in self._image.readdir(parent):
+                facts = self._image.stat(nid)
+                full = f"{base}/{os.fsdecode(name)}"
+                found[full] = nid
+                if stat.S_ISDIR(facts.mode):
+                    directories.append((full, nid))
+                elif stat.S_ISREG(facts.mode):
+                    limit -= facts.size
+                elif not stat.S_ISLNK(facts.mode):
+                    return None
+                if limit < 0 or len(found) > MAX_ENTRIES or self._image.xattrs(nid):
+                    return None
+        return {name: self._entry(nid) for name, nid in found.items()}
+
+    def _entry(self, nid: int) -> FileEntry:
+        facts = self._image.stat(nid)
+        if stat.S_ISLNK(facts.mode):
+            content = self._image.readlink(nid)
+        else:
+            content = self._content(nid, facts.size) if stat.S_ISREG(facts.mode) else b""
+        return FileEntry(content, facts.mode, facts.uid, facts.gid, facts.mtime_ns)
+
     def is_directory(self, path: str) -> bool:
         """Whether `path` leads to a directory."""
         nid = self._walk(path)
@@ -86,15 +156,18 @@ class ImageFiles:
             return None
         if facts.size > limit:
             raise UsageError(f"{path} of {self._index.reference}: larger than {limit} bytes")
+        return self._content(nid, facts.size)
+
+    def _content(self, nid: int, size: int) -> bytes:
         content = bytearray()
-        for device, offset, length in self._image.extents(nid, 0, facts.size):
+        for device, offset, length in self._image.extents(nid, 0, size):
             if device < 0:
                 content += bytes(length)
             elif device == 0:
                 content += self._tree[offset : offset + length]
             else:
                 content += self._layer_bytes(device - 1, offset, length)
-        return bytes(content[: facts.size])
+        return bytes(content[:size])
 
     def _walk(self, path: str | bytes) -> int | None:
         """The nid that an absolute `path` leads to; links lead nowhere outside of the image."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,11 +25,13 @@ from clipshim.cli.terminal import human_size, print_fields, print_json, print_no
 from clipshim.errors import UsageError
 
 if TYPE_CHECKING:
+    from clipshim.cli.image_files import FileEntry
     from clipshim.index.model import Index
     from clipshim.registry.access import RegistryAccess
     from clipshim.registry.stubs import StubImage
 
-# Engines resolve `USER name` from the two files; the directory keeps its attributes.
+# Engines resolve `USER name` from the two files; directories keep their attributes.
+MAX_VOLUME_BYTES = 1 << 20  # a stub stays small, whatever an image's volumes begin with
 STUB_FILES = ("/etc", "/etc/passwd", "/etc/group")
 
 
@@ -136,8 +139,38 @@ def build(index: Index, access: RegistryAccess) -> StubImage:
     from clipshim.cli.image_files import ImageFiles
     from clipshim.registry.stubs import StubFile, build_stub
 
+    found: dict[str, FileEntry | None] = {}
     with ImageFiles(index, access) as files:
-        found = {path: files.entry(path) for path in STUB_FILES}
+        working_directory, volumes = _made_by_engines(index.config)
+        for path in (*working_directory, *volumes):
+            found |= files.way(path)
+        for path in volumes:
+            way = [name for name, entry in files.way(path).items() if stat.S_ISDIR(entry.mode)]
+            if not way or not files.is_directory(path):
+                continue
+            content = files.below(way[-1], limit=MAX_VOLUME_BYTES)
+            if content is None:
+                print_note(f"{path}: too much for a stub; new volumes there begin empty")
+            else:
+                found |= content
+        found |= {path: files.entry(path) for path in STUB_FILES}
     return build_stub(
-        index, {path: StubFile(*entry) for path, entry in found.items() if entry is not None}
+        index,
+        {
+            path: StubFile(*entry)
+            for path, entry in found.items()
+            if entry is not None and path.split("/")[1] != ".clip"
+        },
+    )
+
+
+def _made_by_engines(config: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """The working directory and the volumes that an image declares: engines make both before the
+    runtime is called, as they find them in the stub, and volumes with what is in them."""
+    inner = config.get("config")
+    inner = inner if isinstance(inner, dict) else {}
+    directory, volumes = inner.get("WorkingDir"), inner.get("Volumes")
+    return (
+        [directory] if isinstance(directory, str) and directory.startswith("/") else [],
+        [path for path in volumes if path.startswith("/")] if isinstance(volumes, dict) else [],
     )

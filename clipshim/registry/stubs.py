@@ -56,7 +56,10 @@ class StubbedIndex(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class StubFile:
-    """A file or directory of the image that the stub has too. `mode` may hold type bits."""
+    """A file, directory or link of the image that the stub has too. `mode` may hold type bits.
+
+    The content of a symbolic link is its target.
+    """
 
     content: bytes = b""
     mode: int = 0o644
@@ -68,6 +71,11 @@ class StubFile:
     def is_directory(self) -> bool:
         """By the type bits of `mode`."""
         return stat.S_ISDIR(self.mode)
+
+    @property
+    def is_link(self) -> bool:
+        """By the type bits of `mode`."""
+        return stat.S_ISLNK(self.mode)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,8 +166,9 @@ class StubImage:
 def build_stub(index: StubbedIndex, files: Mapping[str, StubFile]) -> StubImage:
     """The stub of an index, with `files` (absolute path: file) beside it.
 
-    Engines resolve `USER name` by /etc/passwd and /etc/group, so the caller hands them in as the
-    image has them; directories (by mode) keep their attributes, which a graft shows. Raises
+    Engines resolve `USER name` by /etc/passwd and /etc/group, and make the working directory and
+    volumes of what they see, so the caller hands these in as the image has them; directories (by
+    mode) keep their attributes, which a graft shows. Raises
     UsageError for a self-contained index of more than MAX_STUB_INDEX_BYTES.
     """
     raw = _index_bytes(index)
@@ -255,8 +264,11 @@ def _layer_tar(index_raw: bytes, files: Mapping[str, StubFile]) -> bytes:
             info.mtime, nanoseconds = divmod(file.mtime_ns, 1_000_000_000)
             if nanoseconds:
                 info.pax_headers = {"mtime": f"{info.mtime}.{nanoseconds:09d}"}
-            info.size = 0 if file.is_directory else len(file.content)
-            archive.addfile(info, None if file.is_directory else io.BytesIO(file.content))
+            if file.is_link:
+                info.type, info.linkname = tarfile.SYMTYPE, os.fsdecode(file.content)
+            is_file = info.isreg()
+            info.size = len(file.content) if is_file else 0
+            archive.addfile(info, io.BytesIO(file.content) if is_file else None)
     return buffer.getvalue()
 
 

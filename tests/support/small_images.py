@@ -9,7 +9,7 @@ import gzip
 import hashlib
 import io
 import tarfile
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tests.support import images
 from tests.support.images import Image
@@ -34,24 +34,34 @@ def busybox_layer(target: Path) -> Path:
     return target
 
 
-def layer(target: Path, files: Mapping[str, bytes]) -> Path:
-    """A layer of directories (names with `/` at their end) and files."""
+def layer(
+    target: Path, files: Mapping[str, bytes | str], owners: Mapping[str, int] | None = None
+) -> Path:
+    """A layer of directories (names with `/` at their end), files and links (text).
+
+    What has an owner is his alone.
+    """
     with tarfile.open(target, "w", format=tarfile.PAX_FORMAT) as tar:
         for name, data in files.items():
             info = tarfile.TarInfo(name.rstrip("/"))
             info.mtime = images.EPOCH
-            if name.endswith("/"):
-                info.type, info.mode = tarfile.DIRTYPE, 0o755
+            info.uid = info.gid = (owners or {}).get(name, 0)
+            private = 0o700 if info.uid else 0o777
+            if isinstance(data, str):
+                info.type, info.linkname = tarfile.SYMTYPE, data
+                tar.addfile(info)
+            elif name.endswith("/"):
+                info.type, info.mode = tarfile.DIRTYPE, 0o755 & private
                 tar.addfile(info)
             else:
-                info.size, info.mode = len(data), 0o644
+                info.size, info.mode = len(data), 0o644 & private
                 tar.addfile(info, io.BytesIO(data))
     return target
 
 
-def image(layout: Path, layers: Sequence[Path], command: Sequence[str] = ("sh",)) -> Image:
-    """An image of these layers, lowest first."""
-    config = {"Env": ["PATH=/bin:/usr/bin"], "Cmd": list(command)}
+def image(layout: Path, layers: Sequence[Path], **config: Any) -> Image:
+    """An image of these layers, lowest first, with more keys of its configuration."""
+    config = {"Env": ["PATH=/bin:/usr/bin"], "Cmd": ["sh"], **config}
     images.write_layout(layout, list(layers), "gzip", config)
     return Image(layout, "gzip")
 

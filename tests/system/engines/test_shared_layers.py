@@ -17,10 +17,12 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tests.support.engine import Target
+    from tests.support.images import Image
     from tests.support.registry import TestRegistry
 
 pytestmark = pytest.mark.engine
 FIRST, SECOND = "localhost/first:1", "localhost/second:1"
+HOME = "localhost/home:1"  # its working directory and its volumes are a user's
 
 
 class Engines(NamedTuple):
@@ -83,8 +85,13 @@ def engines(
             archive = directory / f"{word}-image.tar"
             small_images.archive(target, image, reference, archive, name)
             docker("load", "-q", "-i", archive)
+        home = home_image(directory, base)
+        reference = registry.push_layout(home.layout, "home:1")
+        small_images.archive(target, home, reference, directory / "home-image.tar", HOME)
+        docker("load", "-q", "-i", directory / "home-image.tar")
         other = Podman(run_root / f"slp-{target.name[0]}", other_target)
         try:
+            other("load", "-q", "-i", directory / "home-image.tar")
             yield Engines(docker, other, registry)
             wait_for(
                 "no container mount is left",
@@ -94,6 +101,34 @@ def engines(
             other.close()
     finally:
         docker.close()
+
+
+def home_image(directory: Path, base: Path) -> Image:
+    """An image of an unprivileged user, as those of Jenkins and the like."""
+    files: dict[str, bytes | str] = {
+        "home/": b"",
+        "home/app/": b"",
+        "home/app/own": b"own\n",
+        "var/": b"",
+        "var/lib/": b"",
+        "var/lib/app/": b"",
+        "var/lib/app/initial": b"initial\n",
+        "var/lib/app/link": "initial",
+        "var/lib/app/deep/": b"",
+        "var/lib/app/deep/file": b"deep\n",
+        "run/": b"",
+        "run/app/": b"",
+        "var/run": "../run",
+    }
+    owners = {name: 1234 for name in files if "app" in name}
+    layer = small_images.layer(directory / "home.tar", files, owners)
+    return small_images.image(
+        directory / "home",
+        [base, layer],
+        User="tester",
+        WorkingDir="/home/app",
+        Volumes={"/var/lib/app": {}, "/var/run/app": {}},
+    )
 
 
 def fetched(target: Target) -> dict[str, int]:
@@ -179,3 +214,23 @@ def test_committed_pushed_and_pulled_elsewhere(engines: Engines) -> None:
     other("pull", "-q", "--tls-verify=false", name)
     out = other.start_container("--rm", name, "sh", "-c", "ls /data /data/sub; cat /which")
     assert out.split() == ["/data:", "a", "blob", "sub", "/data/sub:", "c", "new", "second"]
+
+
+HOME_SCRIPT = (
+    "busybox pwd; echo x >made; cat own made /var/lib/app/link /var/lib/app/deep/file;"
+    "echo x >/var/lib/app/made; echo y >/run/app/made; cat /var/lib/app/made /var/run/app/made;"
+    "busybox stat -c '%a %u %n' /home/app /var/lib/app /var/lib/app/deep /run/app;"
+    "busybox readlink /var/run"
+)
+HOME_OUTPUT = [
+    "/home/app", "own", "x", "initial", "deep", "x", "y", "700 1234 /home/app",
+    "700 1234 /var/lib/app", "700 1234 /var/lib/app/deep", "700 1234 /run/app", "../run",
+]  # fmt: skip
+
+
+def test_working_directory_and_volumes_belong_to_their_user(engines: Engines) -> None:
+    """Engines make both from what they see before the runtime is called: from the stub."""
+    out = engines.docker("run", "--rm", HOME, "sh", "-c", HOME_SCRIPT)
+    assert out.splitlines() == HOME_OUTPUT
+    out = engines.other.start_container("--rm", HOME, "sh", "-c", HOME_SCRIPT)
+    assert out.splitlines() == HOME_OUTPUT

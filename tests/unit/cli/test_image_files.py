@@ -122,6 +122,37 @@ def test_entries_carry_their_attributes(files: ImageFiles) -> None:
     assert not files.is_directory("/etc/passwd")
 
 
+@pytest.mark.parametrize(
+    ("path", "way"),
+    [
+        ("/dir", ["/dir", "/real"]),
+        ("/real/../dir/", ["/real", "/dir"]),
+        ("/dir/passwd", ["/dir", "/real"]),
+        ("/real/none/deeper", ["/real"]),
+        ("/nowhere/x", ["/nowhere"]),
+        ("/loop", ["/loop"]),
+        ("/../..", []),
+        ("/large", []),
+    ],
+)
+def test_the_way_to_a_directory_names_its_links(
+    files: ImageFiles, path: str, way: list[str]
+) -> None:
+    assert sorted(files.way(path)) == sorted(way)
+
+
+def test_what_is_below_a_directory_is_all_of_it_or_nothing(files: ImageFiles) -> None:
+    found = files.below("/real", limit=len(PASSWD))
+    assert found is not None
+    assert {name: entry.content for name, entry in found.items()} == {"/real/passwd": PASSWD}
+    assert files.below("/real", limit=len(PASSWD) - 1) is None
+    everything = files.below("/", limit=1 << 20)
+    assert everything is not None
+    assert everything["/etc/passwd"].content == b"../../../../real/passwd"
+    assert everything["/large"].content == LARGE
+    assert files.below("/large", limit=1 << 20) == {}
+
+
 def test_bytes_that_are_not_the_indexed_ones_are_refused(
     files: ImageFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
