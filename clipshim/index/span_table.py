@@ -37,6 +37,10 @@ MAX_SPAN_SIZE: Final = 32 << 20
 # Bytes of a range that a reader must be ready to hold; zstd frames may be longer and are streamed.
 MAX_GZIP_RANGE: Final = 256 << 20
 MAX_LAYER_SIZE: Final = 1 << 42
+# Each span costs a reader about 100 bytes of memory, whatever its size. The builder's are 32 KiB
+# at the least, but for the last ones of ranges.
+MIN_MEAN_SPAN: Final = 4096
+FEW_SPANS: Final = 1024  # that may be of any size
 MAX_WINDOW: Final = 32768
 # A window of 32 KiB that zstd could not make smaller, with room for its frame.
 MAX_STORED_WINDOW: Final = MAX_WINDOW + 1024
@@ -206,6 +210,12 @@ class SpanTable:
             raise IndexFormatError(f"{label}: span table is of another layer")
         if len(data) != _HEADER.size + count * _ROW_SIZE:
             raise IndexFormatError(f"{label}: span table has the wrong size for {count} spans")
+        if count > FEW_SPANS and size < count * MIN_MEAN_SPAN:
+            raise IndexFormatError(
+                f"{label}: expected spans of {MIN_MEAN_SPAN} bytes on average, got {count} of"
+                f" {size // count}",
+                hint="index the image again: clipshim index IMAGE",
+            )
         table = cls(compression, size, blob_size, ())
         position = _HEADER.size
 

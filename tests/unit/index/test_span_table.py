@@ -10,7 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clipshim.errors import ClipError, IndexFormatError
-from clipshim.index.span_table import MAX_SPAN_SIZE, Span, SpanKind, SpanTable
+from clipshim.index.span_table import (
+    FEW_SPANS,
+    MAX_SPAN_SIZE,
+    MIN_MEAN_SPAN,
+    Span,
+    SpanKind,
+    SpanTable,
+)
 from tests.unit.index.samples import steady
 
 DIGEST = hashlib.sha256(b"").digest()
@@ -153,6 +160,20 @@ def test_plain_bytes_lie_where_they_are(spans: list[Span]) -> None:
     assert list(reopened(SpanTable("none", 19, 19, [plain(0, 10), plain(10, 9)])))
     with pytest.raises(IndexFormatError):
         reopened(SpanTable("none", 19, 20, spans))
+
+
+def test_more_spans_than_the_bytes_are_worth_are_refused() -> None:
+    """Each costs memory: a small index must not make a server hold millions."""
+
+    def table(count: int, size: int) -> SpanTable:
+        spans = [plain(i * size, size) for i in range(count)]
+        return SpanTable("none", count * size, count * size, spans)
+
+    assert len(reopened(table(FEW_SPANS, 1))) == FEW_SPANS
+    assert len(reopened(table(FEW_SPANS + 1, MIN_MEAN_SPAN))) == FEW_SPANS + 1
+    with pytest.raises(IndexFormatError, match="on average") as caught:
+        reopened(table(FEW_SPANS + 1, MIN_MEAN_SPAN - 1))
+    assert "clipshim index" in (caught.value.hint or "")
 
 
 def test_a_table_of_another_layer_is_refused() -> None:
