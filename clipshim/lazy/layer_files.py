@@ -24,6 +24,7 @@ MAGIC = b"CLIPSPN1"
 FALLOC_FL_KEEP_SIZE = 0x01  # linux/falloc.h
 FALLOC_FL_PUNCH_HOLE = 0x02
 NAMES = ("complete", "spans", "boot", "data", "complete.new", "boot.new")
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _CREATE = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -112,6 +113,18 @@ class LayerFiles:
         else:
             _write(path, content)
 
+    def write_unclean(self) -> None:
+        """Takes back, durably, that all is on the disk; where there is no room, by a removal."""
+        try:
+            self.write_boot(clean=False, durable=True)
+        except OSError as exc:
+            if exc.errno not in FULL:
+                raise
+            for name in ("boot.new", "boot"):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(f"{self.directory}/{name}")
+            _sync_directory(self.directory)
+
     def write_complete(self) -> None:
         """Says, durably, that the layer is whole and checked. The data must be synced."""
         _write_durably(f"{self.directory}/complete", b"")
@@ -121,7 +134,7 @@ class LayerFiles:
         self.write_bits(bits)
         with self._files.using(self._bits_path) as fd:
             os.fdatasync(fd)
-        self.write_boot(clean=False, durable=True)
+        self.write_unclean()
         os.unlink(f"{self.directory}/complete")
         _sync_directory(self.directory)
 
@@ -174,7 +187,9 @@ def _no_follow(path: str, flags: int) -> int:
 def _write(path: str, content: bytes, *, sync: bool = False) -> None:
     fd = os.open(path, _CREATE, 0o600)
     try:
-        os.write(fd, content)
+        view = memoryview(content)
+        while view:  # a disk that gets full in the middle writes less, and says why the next time
+            view = view[os.write(fd, view) :]
         if sync:
             os.fsync(fd)
     finally:

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 RETRY_ROOM_S = 1.0  # after an eviction freed too little, before the next one is tried
+REFUSED_BYTES = 4 << 20  # that are evicted when a quota is used up
 OTHER_DESCRIPTORS = 512  # sockets, mounts, threads of the same process
 
 
@@ -82,6 +83,7 @@ class LayerStore:
         self._used = 0
         self._counts: dict[str, int] = {}
         self._no_room_until = 0.0
+        self._refused_until = 0.0
         self._lock = threading.Lock()  # of the fields; innermost
         self._evicting = threading.Lock()
         self._opening = threading.RLock()
@@ -188,19 +190,36 @@ class LayerStore:
         """Evicts until `need` more bytes fit within the limits. Returns the bytes freed."""
         with self._evicting:
             amount = self._excess(need)
-            if not amount:
-                return 0
-            freed = 0
-            with self._lock:
-                idle = list(self._idle.values())
-            for layer in choose_layers(idle, amount):
-                freed += self.remove(layer.key)
-            if freed < amount:
-                freed += self._evict_spans(amount - freed)
-            self.count("evicted_bytes", freed)
-            if freed:
-                log.info("layer store: evicted %d bytes", freed)
-            return freed
+            return self._evict(amount) if amount else 0
+
+    def refused(self, size: int) -> None:
+        """The disk did not take bytes that seemed to fit: a quota. Makes room for the next ones."""
+        self.count("full")
+        with self._lock:
+            now = time.monotonic()
+            if now < self._refused_until:
+                return
+            self._refused_until = now + RETRY_ROOM_S
+        log.warning(
+            "layer store %s: its file system takes no more: spans are served from memory, older"
+            " ones leave",
+            self.directory,
+        )
+        with self._evicting:
+            self._evict(max(size, REFUSED_BYTES))
+
+    def _evict(self, amount: int) -> int:
+        freed = 0
+        with self._lock:
+            idle = list(self._idle.values())
+        for layer in choose_layers(idle, amount):
+            freed += self.remove(layer.key)
+        if freed < amount:
+            freed += self._evict_spans(amount - freed)
+        self.count("evicted_bytes", freed)
+        if freed:
+            log.info("layer store: evicted %d bytes", freed)
+        return freed
 
     def _evict_spans(self, amount: int) -> int:
         with self._lock:

@@ -36,7 +36,7 @@ from array import array
 from typing import TYPE_CHECKING, Protocol
 
 from clipshim.errors import StoreError
-from clipshim.lazy.layer_files import DamageError, LayerFiles
+from clipshim.lazy.layer_files import FULL, DamageError, LayerFiles
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -45,7 +45,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 HASH_PIECE = 1 << 20
 
 
@@ -88,6 +87,10 @@ class Room(Protocol):
 
     def unreserve(self, size: int) -> None:
         """Takes back a reservation or accounts for an eviction."""
+        ...
+
+    def refused(self, size: int) -> None:
+        """The disk did not take so many bytes that were reserved: a quota, or others' files."""
         ...
 
     def count(self, event: str, number: int = 1) -> None:
@@ -286,7 +289,7 @@ class StoredLayer:
             present = bool(self._bits[span >> 3] >> (span & 7) & 1)
             self._writing.add(span)
         writer = None
-        reserved = False
+        reserved = refused = False
         try:
             if not present:
                 self._room.reserve(size)
@@ -299,6 +302,7 @@ class StoredLayer:
                     yield writer
             except OSError as exc:
                 if exc.errno in FULL:
+                    refused = exc.errno != errno.EFBIG  # which no eviction helps against
                     raise StoreFullError(f"layer {self.key}: {exc.strerror}") from exc
                 raise
         finally:
@@ -309,6 +313,8 @@ class StoredLayer:
                     self._room.unreserve(size)
             with self._lock:
                 self._writing.discard(span)
+            if refused:
+                self._room.refused(size)
 
     def _commit(self, span: int, epoch: int) -> None:
         with self._lock:
@@ -492,7 +498,7 @@ class StoredLayer:
 
     def _unclean(self) -> None:
         if self._clean:
-            self._files.write_boot(clean=False, durable=True)
+            self._files.write_unclean()
             self._clean = False
 
     def _incomplete(self) -> None:

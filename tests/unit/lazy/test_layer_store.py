@@ -256,25 +256,68 @@ def test_a_released_layer_is_found_again(tmp_path: Path, layer: MadeLayer) -> No
     assert store.statistics().used_bytes == used
 
 
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_a_full_disk_is_store_full_and_frees_what_it_took(
-    tmp_path: Path, layer: MadeLayer, monkeypatch: pytest.MonkeyPatch
+    number: int, tmp_path: Path, layer: MadeLayer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Also a quota, which statvfs does not show: what is old leaves, so that space comes back."""
     store = open_store(tmp_path)
     stored = store.open(layer.info, layer.table)
-    put(stored, layer, 0)
-    before = store.statistics().used_bytes
+    put(stored, layer, 0, 2)
+    store.sync()
+    pwrite = os.pwrite
 
-    def full(*_: object) -> int:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    def full(fd: int, data: memoryview, offset: int) -> int:
+        if len(data) < 100:  # a byte of the bitmap, whose block is there already
+            return pwrite(fd, data, offset)
+        raise OSError(number, os.strerror(number))
+
+    def nothing_new(*_: object) -> int:
+        raise OSError(number, os.strerror(number))
 
     with monkeypatch.context() as patch:
         patch.setattr("clipshim.lazy.stored_layer.os.pwrite", full)
+        patch.setattr("clipshim.lazy.layer_files.os.write", nothing_new)
         with pytest.raises(StoreFullError):
             put(stored, layer, 1)
-    assert store.statistics().used_bytes == before
-    assert not stored.has(1)
+    assert [stored.has(span) for span in range(3)] == [False] * 3
+    assert (store.statistics().used_bytes, store.statistics().full) == (0, 1)
+    assert blocks(stored) == 0
     put(stored, layer, 1)
     assert read_span(stored, layer, 1) == span_bytes(layer, 1)
+    again = open_store(tmp_path, boot_id="boot-2").open(layer.info, layer.table)
+    assert [again.is_suspect(span) for span in range(3)] == [False, True, False]
+    assert again.verify_suspect(1)
+    store.close()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_files_that_cannot_be_made_are_store_full(
+    number: int, tmp_path: Path, layer: MadeLayer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(tmp_path)
+    stored = store.open(layer.info, layer.table)
+    written = 0
+
+    def full(fd: int, data: memoryview) -> int:
+        nonlocal written
+        written += 1
+        if written % 2:
+            return real(fd, data[:5])  # the last bytes that went in
+        raise OSError(number, os.strerror(number))
+
+    real = os.write
+    with monkeypatch.context() as patch:
+        patch.setattr("clipshim.lazy.layer_files.os.write", full)
+        for _ in range(3):
+            with pytest.raises(StoreFullError):
+                put(stored, layer, 1)
+    assert store.statistics().used_bytes == 0
+    put(stored, layer, 1)
+    assert read_span(stored, layer, 1) == span_bytes(layer, 1)
+    store.release(layer.info.key)
+    assert read_span(store.open(layer.info, layer.table), layer, 1) == span_bytes(layer, 1)
+    store.close()
 
 
 def test_a_span_that_was_not_committed_does_not_exist(tmp_path: Path, layer: MadeLayer) -> None:
