@@ -113,7 +113,7 @@ class LayerReader:
         for recorder in self.recorders:
             for span in range(first, last + 1):
                 recorder.touch(self.key, span)
-        ahead = self._readahead.advance(first, last)
+        ahead = self._readahead.advance(first, last, offset, size)
         try:
             data: Data | None = await self._from_store(offset, size)
             if data is not None:

@@ -1,23 +1,35 @@
 """Which spans to fetch ahead of a layer's reads. Decides only.
 
-A layer is read by several streams at once, files of different places. A stream that goes on runs
-ahead by up to half of what it has read, so that what is fetched in vain stays in proportion; an
-isolated read costs no more than its own span.
+A layer is read by several streams at once, files of different places. A stream that reads every
+byte, as `cat` or a copy does, runs ahead by as much as it has read. One that leaves bytes out, as
+a program does that is being loaded, jumps on before long: it runs ahead by a quarter of it only,
+so that what is fetched in vain stays in proportion. An isolated read costs no more than its span.
 """
 
 from __future__ import annotations
 
 STREAMS = 8
 LONGEST = 32
+BATCH = 8  # spans that are asked for together once a stream is long
+DENSE = 0.9  # of the bytes that a stream has passed, to count as reading everything
 
 
 class _Stream:
-    __slots__ = ("ahead", "first", "last")
+    __slots__ = ("ahead", "begin", "first", "last", "read")
 
-    def __init__(self, first: int, last: int) -> None:
+    def __init__(self, first: int, last: int, begin: int, read: int) -> None:
         self.first = first  # the span that it began with
         self.last = last  # the span that was read last
         self.ahead = last + 1  # the first span that was not asked for ahead
+        self.begin = begin  # its first byte
+        self.read = read  # bytes
+
+    def window(self, end: int) -> int:
+        """How many spans after the last one ought to be under way, having got to byte `end`."""
+        length = self.last + 1 - self.first
+        if self.read >= DENSE * (end - self.begin):
+            return min(LONGEST, length)
+        return min(LONGEST, max(1, length // 4))
 
 
 class Readahead:
@@ -27,24 +39,30 @@ class Readahead:
         self._spans = spans
         self._streams: list[_Stream] = []  # least recently used first
 
-    def advance(self, first: int, last: int) -> range:
-        """Notes a read of the spans `first` to `last`; returns the spans to fetch ahead."""
+    def advance(self, first: int, last: int, offset: int, size: int) -> range:
+        """Notes a read of `size` bytes in the spans `first` to `last`; returns what to fetch ahead.
+
+        The kernel's own readahead may send the reads of one stream out of order.
+        """
         for stream in self._streams:
-            if stream.last <= first <= stream.ahead and last >= stream.last:
+            if stream.last - 1 <= first <= stream.ahead:
                 break
         else:
-            self._streams.append(_Stream(first, last))
+            self._streams.append(_Stream(first, last, offset, size))
             del self._streams[:-STREAMS]
             return range(0)
         self._streams.remove(stream)
         self._streams.append(stream)
-        if last == stream.last:
+        stream.first = min(stream.first, first)
+        stream.begin = min(stream.begin, offset)
+        stream.read += size
+        if last <= stream.last:
             return range(0)
         stream.last = last
         stream.ahead = max(stream.ahead, last + 1)
-        window = min(LONGEST, max(1, (last + 1 - stream.first) // 2))
-        # asked for again when a quarter of it was used, so that requests stay large
-        if stream.ahead - last - 1 > window - max(1, window // 4):
+        window = stream.window(offset + size)
+        # not span by span, so that requests stay large
+        if stream.ahead - last - 1 > window - min(BATCH, max(1, window // 4)):
             return range(0)
         wanted = range(stream.ahead, max(stream.ahead, min(self._spans, last + 1 + window)))
         stream.ahead = wanted.stop

@@ -1,11 +1,10 @@
-"""Prefetch, completing layers, profiles and readahead."""
+"""Prefetch, completing layers and profiles."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import os
-import random
 from typing import TYPE_CHECKING
 
 import pytest
@@ -26,7 +25,6 @@ from clipshim.lazy.profile import (
     record_start,
     within,
 )
-from clipshim.lazy.readahead import LONGEST, Readahead
 from tests.unit.lazy.layers import SPAN, MadeLayer, MadeSource
 from tests.unit.lazy.test_layer_reader import MIB, reading
 
@@ -197,28 +195,3 @@ def test_entries_of_a_profile_are_checked() -> None:
         with pytest.raises(ValueError, match="expected"):
             parse_entries(bad)
     assert within([(0, 1), (0, 9), (1, 0), (5, 0)], [2, 1]) == [(0, 1), (1, 0)]
-
-
-def test_readahead_asks_for_each_span_once_and_stays_in_proportion() -> None:
-    readahead = Readahead(1000)
-    asked: list[int] = []
-    for span in range(300):
-        ahead = readahead.advance(span, span)
-        asked += ahead
-        assert len(ahead) <= LONGEST
-        if asked and span:
-            assert asked[-1] - span <= max(1, (span + 1) // 2)
-    assert len(asked) == len(set(asked))
-    assert set(range(2, 300)) <= set(asked)
-
-
-def test_readahead_keeps_streams_apart_and_leaves_random_reads_alone() -> None:
-    readahead = Readahead(10_000)
-    for step in range(10):
-        for start in (0, 2000, 4000):
-            ahead = readahead.advance(start + step, start + step)
-            assert all(start < span <= start + 20 for span in ahead)
-    chance = random.Random(6)
-    apart = Readahead(1_000_000)
-    assert not any(apart.advance(n := chance.randrange(0, 1_000_000), n) for _ in range(500))
-    assert list(Readahead(1).advance(0, 0)) == []
