@@ -8,8 +8,12 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Callable
 
 _PRIORITY = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}
+WINDOW_S = 10.0
+BURST = 5
+MAX_KINDS = 1000
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
 
 
@@ -53,9 +57,43 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(entry, default=str)
 
 
+class Flood(logging.Filter):
+    """Lets BURST warnings or errors from one line of the code through in WINDOW_S, counts the rest.
+
+    A registry or a disk that is dead makes every reader of every layer complain. What was held back
+    is said with the next one that passes. Records with an image ID are told apart by it.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__()
+        self._clock = clock
+        self._windows: dict[tuple[str, int, object], tuple[float, int, int]] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether to log it. Called with the handler's lock not held."""
+        if record.levelno < logging.WARNING:
+            return True
+        key = (record.pathname, record.lineno, getattr(record, "image_id", None))
+        now = self._clock()
+        start, passed, held_back = self._windows.get(key, (now, 0, 0))
+        if now - start >= WINDOW_S:
+            start, passed = now, 0
+        if passed >= BURST:
+            self._windows[key] = (start, passed, held_back + 1)
+            return False
+        if len(self._windows) > MAX_KINDS:
+            self._windows.clear()
+        self._windows[key] = (start, passed + 1, 0)
+        if held_back:
+            record.msg = f"{record.getMessage()} ({held_back} like it before were not logged)"
+            record.args = ()
+        return True
+
+
 def configure(log_format: str, level: str) -> None:
     """Sends everything that is logged to stderr in the configured form."""
     handler = logging.StreamHandler(sys.stderr)
+    handler.addFilter(Flood())
     if log_format == "json":
         handler.setFormatter(JsonFormatter())
     else:

@@ -51,6 +51,8 @@ T = TypeVar("T")
 
 USER_AGENT = "clipshim/1"
 MAX_REDIRECTS = 5
+NOTE_EVERY_S = 30.0
+MAX_NOTED = 1000
 MAX_REDIRECT_FAILURES = 5  # in a row at one server: then its redirects do not work at all
 MAX_LOGINS = 3
 FIRST_BACKOFF_S = 0.1
@@ -66,6 +68,7 @@ class Transport:
         self.authorizer = Authorizer(access)
         self.statistics = Statistics()
         self._lock = threading.Lock()
+        self._noted: dict[tuple[str, str], float] = {}  # when to log a server's trouble again
         self._pools: dict[object, urllib3.PoolManager] = {}
         self._endpoints: dict[str, tuple[float, tuple[Endpoint, ...]]] = {}
         self._closing = threading.Event()
@@ -136,7 +139,9 @@ class Transport:
                     if not failure.retryable or redirect_failures >= MAX_REDIRECT_FAILURES:
                         live.remove(endpoint)
                     counters.add_retry(failure.cause)
-                    log.info("%s: %s: %s", what, endpoint.host, failure.message)
+                    # debug: who asked says what it came to; many may ask a server that is dead
+                    log.debug("%s: %s: %s", what, endpoint.host, failure.message)
+                    self._note(endpoint.host, failure)
                 if time.monotonic() >= deadline:
                     break
             total += 1
@@ -152,6 +157,18 @@ class Transport:
                 note = f" (gave up after {total} attempts)" if live and total > 1 else ""
                 raise final_error(what, said, note=note) from said[-1][1]
             self._closing.wait(delay)
+
+    def _note(self, host: str, failure: AttemptFailed) -> None:
+        """One line a server, cause and NOTE_EVERY_S."""
+        now = time.monotonic()
+        key = (host, failure.cause)
+        with self._lock:
+            if now < self._noted.get(key, 0.0):
+                return
+            if len(self._noted) > MAX_NOTED:
+                self._noted.clear()
+            self._noted[key] = now + NOTE_EVERY_S
+        log.info("%s: %s, trying again or elsewhere", host, failure.message)
 
     @contextlib.contextmanager
     def send(

@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 
-from clipshim.node.logs import JsonFormatter, TextFormatter
+from clipshim.node.logs import BURST, WINDOW_S, Flood, JsonFormatter, TextFormatter
 
 
 def record(message: str, *, error: bool = False, **fields: object) -> logging.LogRecord:
@@ -44,3 +44,27 @@ def test_json_has_the_fields_and_the_traceback() -> None:
     assert entry["level"] == "warning"
     assert entry["layer"] == "x"
     assert "ValueError" in entry["traceback"]
+
+
+def test_a_flood_of_one_kind_is_held_back_and_counted() -> None:
+    now = 0.0
+    flood = Flood(lambda: now)
+    assert [flood.filter(record(f"layer {i}: dead")) for i in range(100)] == [
+        i < BURST for i in range(100)
+    ]
+    now = WINDOW_S
+    last = record("layer 7: dead")
+    assert flood.filter(last)
+    assert last.getMessage() == f"layer 7: dead ({100 - BURST} like it before were not logged)"
+    again = record("layer 8: 50% dead")
+    assert flood.filter(again)
+    assert again.getMessage() == "layer 8: 50% dead"
+
+
+def test_events_and_other_images_are_not_part_of_a_flood() -> None:
+    flood = Flood(lambda: 0.0)
+    for number in range(100):
+        assert flood.filter(record("lost", image_id=str(number)))
+        event = record("mounted")
+        event.levelno = logging.INFO
+        assert flood.filter(event)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
+import socket
 import threading
 import time
+from contextlib import closing
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -253,6 +256,32 @@ def test_an_unknown_host_is_named(reader: BlobReader) -> None:
     blob = blob_at("no-such-host.invalid")
     with pytest.raises(RegistryError, match=r"no-such-host\.invalid: .*(resolved|connect)"):
         reader.read_range(blob, 0, 10, deadline=time.monotonic() + 1)
+
+
+def test_name_resolution_that_fails_is_tried_again_until_it_works(
+    proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, port = "registry.test", proxy.host.rpartition(":")[2]
+    resolve = socket.getaddrinfo
+    failures: Iterator[bool] = itertools.repeat(True)
+
+    def flaky(host: str, *args: Any, **options: Any) -> Any:
+        if host != name:
+            return resolve(host, *args, **options)
+        if next(failures, False):
+            raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+        return resolve("127.0.0.1", *args, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", flaky)
+    access = RegistryAccess(anonymous=True, plain_http=frozenset({f"{name}:{port}"}))
+    with closing(BlobReader(access)) as reader:
+        blob = blob_at(f"{name}:{port}")
+        with pytest.raises(RegistryError, match=r"registry\.test.*cannot be resolved"):
+            reader.read_range(blob, 7, 1000, deadline=time.monotonic() + 2)
+        failures = itertools.repeat(True, 3)
+        assert reader.read_range(blob, 7, 1000, deadline=soon()) == CONTENT[7:1007]
+        assert retries(reader)["dns"] >= 3
+        assert set(retries(reader)) <= {"dns", "deadline"}
 
 
 def test_close_ends_waiting_readers(proxy: FaultProxy) -> None:
