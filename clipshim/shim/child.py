@@ -26,10 +26,12 @@ _FORWARDED = (
     signal.SIGCONT,
     signal.SIGALRM,
 )
+_ignores_children = False  # the caller's setting of SIGCHLD, once keep_children() has changed it
 
 
 def run(program: str, arguments: "Sequence[str]") -> int:
     """Runs the runtime and waits; returns the wait status (os.WIFEXITED and so on)."""
+    keep_children()
     watched = {signal.SIGCHLD, *_FORWARDED}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, watched)
     try:
@@ -54,6 +56,7 @@ def run_quietly(command: "Sequence[str]") -> "tuple[int, str]":
 
     It inherits nothing of the engine's: no descriptor, no environment, no session.
     """
+    keep_children()
     output = os.memfd_create("clipshim-helper", os.MFD_CLOEXEC)
     try:
         child = os.fork()
@@ -75,6 +78,18 @@ def run_quietly(command: "Sequence[str]") -> "tuple[int, str]":
         os.close(output)
 
 
+def keep_children() -> None:
+    """Lets children be waited for, whatever the caller has set.
+
+    A caller may ignore SIGCHLD, which survives execve: children would then end without a status
+    and without a signal (wait(2), "NOTES"). The runtime gets the caller's setting back.
+    """
+    global _ignores_children
+    if signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        _ignores_children = True
+
+
 def leave_with(status: int) -> "NoReturn":
     """Ends as the child did: with its exit code, or by its signal."""
     if os.WIFSIGNALED(status):
@@ -89,6 +104,8 @@ def leave_with(status: int) -> "NoReturn":
 def replace(program: str, arguments: "Sequence[str]") -> "NoReturn":
     """Becomes the runtime."""
     _restore_signals()
+    if _ignores_children:
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     os.execve(program, [program, *arguments], os.environ)  # noqa: S606 - no shell is meant
 
 

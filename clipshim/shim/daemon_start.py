@@ -10,6 +10,7 @@ import os
 import sys
 
 from clipshim.errors import DaemonError
+from clipshim.shim import child as children
 from clipshim.shim import daemon_client
 
 TYPE_CHECKING = False
@@ -86,6 +87,7 @@ def _start(settings: "Settings") -> None:
         command += ["--config", settings.path]
     ready_read, ready_write = os.pipe()
     command += ["--ready-fd", "3"]
+    children.keep_children()
     child = os.fork()
     if child == 0:
         try:
