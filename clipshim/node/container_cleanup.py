@@ -51,7 +51,7 @@ def judge(settings: Settings, key: str) -> Victim | None:
         if left:
             return Victim(key, "orphan", ", ".join(left))
         return Victim(key, "unfinished", settings.container_dir(key))
-    if not state.is_gone() or state.values.get("checkpointed") is True:
+    if not state.is_gone() or state.is_checkpointed:
         return None
     return Victim(key, "container", f"{state.text('id')}: {state.runtime_directory} is gone")
 

@@ -14,6 +14,7 @@ from clipshim.shim.state import (
     ContainerLock,
     ContainerState,
     container_key,
+    load_for_removal,
     load_state,
 )
 from clipshim.shim.trace import trace
@@ -42,7 +43,7 @@ def create_with_index(call: "Call", found: "Bundle", named: "Source") -> "int | 
     key = container_key(call.line.container_id, call.root)
     with ContainerLock(settings, key, wait_s=_LOCK_WAIT_S):
         trace("create-locked")
-        kept = _remove_stale(settings, key, restoring=call.line.verb == "restore")
+        kept = _remove_stale(call, key)
         try:
             return _create_locked(call, found, named, key, kept)
         except ClipError as exc:
@@ -100,6 +101,10 @@ def _create_locked(
         if not state.is_gone():
             undo.commit()
             trace("create-done")
+            cause = ""
+        elif kept is None and _was_checkpointed(call, key):
+            undo.commit()  # it ran in the foreground until a checkpoint ended it
+            teardown.tear_down(settings, state, keep_upper=True)
             cause = ""
         else:  # it failed, or ran in the foreground and ended: leaving the block unwinds
             cause = said.failure(status, call.line.verb)
@@ -187,20 +192,20 @@ def _request_tree(settings: "Settings", key: str, named: "Source") -> "rootfs.Tr
         reply.close()
 
 
-def _remove_stale(settings: "Settings", key: str, *, restoring: bool) -> "ContainerState | None":
+def _remove_stale(call: "Call", key: str) -> "ContainerState | None":
     """Takes down what a crash left under this key; returns the state that a restore uses."""
-    try:
-        stale = load_state(settings, key)
-    except StoreError:  # damaged: the directories that a plan can name follow from the key
-        stale = ContainerState(
-            settings.container_dir(key), {"version": STATE_VERSION, "kind": "own"}
-        )
+    stale = load_for_removal(call.settings, key, call.line.container_id, call.root)
     if stale is None:
         return None
-    if restoring and stale.values.get("checkpointed") is True:
+    if call.line.verb == "restore" and stale.is_checkpointed:
         return stale
-    teardown.tear_down(settings, stale, keep_directory=True)
+    teardown.tear_down(call.settings, stale, keep_directory=True)
     return None
+
+
+def _was_checkpointed(call: "Call", key: str) -> bool:
+    state = load_for_removal(call.settings, key, call.line.container_id, call.root)
+    return state is not None and state.is_checkpointed
 
 
 def _other_state(settings: "Settings", found: "Bundle") -> "ContainerState | None":

@@ -58,10 +58,12 @@ def clean_up(settings: "Settings", state: "dict[str, Any]") -> None:
             recorded = load_state(settings, key)
             if recorded is None or recorded.text("id") != state.get("id"):
                 continue
+            if recorded.is_checkpointed:
+                continue  # what it wrote is for a restore
             # in use: the verb that brought the container's end about is taking it down itself
             with ContainerLock(settings, key, wait_s=0):
                 recorded = load_state(settings, key)
-                if recorded is not None and recorded.is_gone():
+                if recorded and recorded.is_gone() and not recorded.is_checkpointed:
                     teardown.tear_down(settings, recorded)
         except StoreError:
             continue

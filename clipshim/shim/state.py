@@ -87,6 +87,11 @@ class ContainerState:
         """Whether the low-level runtime knows the container no more (or never did)."""
         return not os.path.lexists(self.runtime_directory)
 
+    @property
+    def is_checkpointed(self) -> bool:
+        """Whether what the container wrote is being kept for a restore."""
+        return self.values.get("checkpointed") is True
+
     def save(self, **changes: "Any") -> None:
         """Writes the file with changes; whole or not at all."""
         self.values.update(changes)
@@ -95,7 +100,9 @@ class ContainerState:
             temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
         )
         try:
-            os.write(fd, json_text.dumps(self.values).encode())
+            rest = memoryview(json_text.dumps(self.values).encode())
+            while rest:  # a disk that is nearly full takes a part first
+                rest = rest[os.write(fd, rest) :]
         finally:
             os.close(fd)
         # no fsync: run_dir does not outlive a reboot, and rename orders it for everybody who reads
@@ -120,6 +127,17 @@ def load_state(settings: "Settings", key: str) -> "ContainerState | None":
     if not isinstance(values, dict) or values.get("version") != STATE_VERSION:
         raise StoreError(f"{directory}/state.json: expected version {STATE_VERSION}")
     return ContainerState(directory, values)
+
+
+def load_for_removal(
+    settings: "Settings", key: str, container_id: str, root: str
+) -> "ContainerState | None":
+    """As load_state, but a damaged file gives what follows from the key, enough to tear down."""
+    try:
+        return load_state(settings, key)
+    except StoreError:
+        values = {"version": STATE_VERSION, "kind": "own", "id": container_id, "root": root}
+        return ContainerState(settings.container_dir(key), values)
 
 
 def list_states(settings: "Settings") -> "list[str]":

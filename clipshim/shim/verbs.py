@@ -165,18 +165,23 @@ def checkpoint(call: Call) -> int:
     state = _recorded(call)
     if state is None or call.line.switches & {"leave-running", "pre-dump"}:
         call.hand_over()
+    # before the runtime ends the container: from then on its hooks and the daemon clean up
+    state.save(checkpointed=True)
     status = call.run_runtime()
     if os.WIFEXITED(status) and os.WEXITSTATUS(status) == 0:
         _clean_up(call, state, keep_upper=True)
+    elif not state.is_gone():
+        state.save(checkpointed=False)
     return status
 
 
 def _recorded(call: Call) -> "ContainerState | None":
-    from clipshim.shim.state import container_key, load_state
+    from clipshim.shim.state import container_key, load_for_removal
 
     if os.geteuid() != 0:
         return None
-    return load_state(call.settings, container_key(call.line.container_id, call.root))
+    key = container_key(call.line.container_id, call.root)
+    return load_for_removal(call.settings, key, call.line.container_id, call.root)
 
 
 def _clean_up(call: Call, state: "ContainerState", *, keep_upper: bool) -> None:
@@ -185,13 +190,13 @@ def _clean_up(call: Call, state: "ContainerState", *, keep_upper: bool) -> None:
     The lock is taken only now: a `run` in the foreground holds it until the runtime ends, which a
     delete from elsewhere brings about.
     """
-    from clipshim.shim.state import ContainerLock, load_state
+    from clipshim.shim.state import ContainerLock, load_for_removal
     from clipshim.shim.teardown import tear_down
 
     if not state.is_gone():
         return
     with ContainerLock(call.settings, state.key, wait_s=_LOCK_WAIT_S):
-        current = load_state(call.settings, state.key)
+        current = load_for_removal(call.settings, state.key, call.line.container_id, call.root)
         if current is None:
             from clipshim.shim.teardown import forget
 

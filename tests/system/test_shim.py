@@ -501,6 +501,48 @@ def test_checkpoint_keeps_what_restore_needs(
         assert_clean(node)
 
 
+def test_a_checkpoint_outlives_hooks_and_the_run_in_the_foreground(
+    make_node: Callable[..., Node], tmp_path: Path, bundle: Callable[..., Path]
+) -> None:
+    """runc runs the poststop hooks before its checkpoint returns."""
+    fake = tmp_path / "fake-runtime"
+    fake.write_text(FAKE_RUNTIME)
+    fake.chmod(0o755)
+    node = make_node(runtimes=[str(fake)])
+    path = bundle(LOOP)
+    with Runtime.clipshim(tmp_path / "root", node) as runtime, ThreadPoolExecutor() as pool:
+        (tmp_path / "root.hook").symlink_to(CLIPSHIM)
+        key = state.container_key("box", str(runtime.root))
+        written = node.state_dir / "upper" / key / "written"
+        runtime("create", "-b", path, "box")
+        written.write_text("x")
+        runtime("checkpoint", "box")
+        assert node.container_mounts() == []
+        assert written.exists()
+        runtime("delete", "--force", "box", check=False)
+        assert_clean(node)
+        (tmp_path / "root.hook").unlink()
+        running = pool.submit(runtime, "run", "-b", path, "box")
+        wait_for("it runs", (runtime.root / "box").exists)
+        written.write_text("x")
+        runtime("checkpoint", "box")
+        running.result(120)
+        assert node.container_mounts() == []
+        assert written.exists()
+        runtime("delete", "--force", "box", check=False)
+        assert_clean(node)
+
+
+def test_a_damaged_state_does_not_keep_a_container(
+    node: Node, runtime: Runtime, bundle: Callable[..., Path]
+) -> None:
+    runtime.quietly("create", "-b", bundle(LOOP), "box")
+    key = state.container_key("box", str(runtime.root))
+    (node.run_dir / key / "state.json").write_text('{"version": 1, "id"')
+    runtime("delete", "--force", "box")
+    assert_clean(node)
+
+
 FAKE_RUNTIME = """#!/bin/sh
 root=$2; shift 2
 verb=$1; shift
@@ -508,7 +550,10 @@ for id; do :; done
 case "$verb $*" in
     create*|restore*) mkdir -p "$root/$id" ;;
     "checkpoint --leave-running"*) ;;
-    checkpoint*|delete*) rmdir "$root/$id" ;;
+    run*) mkdir -p "$root/$id"; while [ -d "$root/$id" ]; do sleep 0.1; done ;;
+    checkpoint*) rmdir "$root/$id"
+        [ ! -e "$root.hook" ] || echo "{\\"id\\": \\"$id\\"}" | "$root.hook" hook cleanup ;;
+    delete*) rmdir "$root/$id" ;;
 esac
 """
 
