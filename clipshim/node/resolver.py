@@ -13,8 +13,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+from urllib.parse import urlsplit
+from weakref import WeakValueDictionary
 
 import trio
 
@@ -26,6 +28,7 @@ from clipshim.errors import (
     RegistryError,
     UsageError,
 )
+from clipshim.index.clip_format import ClipFile
 from clipshim.index.erofs_read import ErofsImage
 from clipshim.index.model import Index, open_index
 from clipshim.index.tree_check import check_tree
@@ -41,6 +44,11 @@ log = logging.getLogger(__name__)
 OWNER_ORIGINS = ("/", "file:")
 FRESH_S = 300.0  # that a found index of a tag is used without asking the registry again
 INDEXING_TIMEOUT_S = 3600.0
+# An image that only the engine names is looked up in its registry on the way to its container's
+# start, which must not wait for what may not be there.
+LOOK_UP_S = 3.0
+MISSING_S = 300.0  # that "no index" and failures are remembered for such images
+MAX_REMEMBERED = 10_000
 
 Progress = Callable[[dict[str, Any]], Awaitable[None]]
 
@@ -61,7 +69,9 @@ class Resolver:
         self._settings = settings
         self._images = images
         self._found: dict[tuple[str, bool], tuple[str, float]] = {}  # digest, when
-        self._locks: dict[str, trio.Lock] = {}
+        self._missing: dict[str, float] = {}  # images and registries of engines; until when
+        # gone with the last who asks: containers name what they like
+        self._locks: WeakValueDictionary[str, trio.Lock] = WeakValueDictionary()
         self.indexing_s: Callable[[float], None] = lambda _seconds: None
 
     async def resolve(self, source: Any, fds: list[int], progress: Progress) -> Resolved:
@@ -72,7 +82,7 @@ class Resolver:
             origin = source.get("origin")
             if len(fds) != 1 or not isinstance(origin, str):
                 raise UsageError("mount: source fd: expected one descriptor and its origin")
-            digest = await trio.to_thread.run_sync(self._images.add, fds[0])
+            digest = await trio.to_thread.run_sync(self._add, fds[0])
             return await self._checked(digest, trusted=origin.startswith(OWNER_ORIGINS))
         if isinstance(source.get("digest"), str):
             digest = source["digest"]
@@ -82,6 +92,11 @@ class Resolver:
         if isinstance(source.get("image"), str):
             return await self._by_image(source["image"], bool(source.get("engine_named")), progress)
         raise UsageError("mount: source: expected fd, digest or image")
+
+    def _add(self, fd: int) -> str:
+        with ClipFile.open(fd):
+            pass  # its header and sizes are right: only then may a large file be copied
+        return self._images.add(fd)
 
     async def _by_image(self, image: str, engine_named: bool, progress: Progress) -> Resolved:
         reference = parse_image(image)
@@ -103,20 +118,52 @@ class Resolver:
             if found and trio.current_time() - found[1] < FRESH_S and self._images.has(found[0]):
                 return await self._checked(found[0], trusted=with_credentials)
             try:
+                if engine_named:
+                    await self._look_up(name, reference)
                 digest = await self._from_registry(name, with_credentials, engine_named, progress)
-            except RegistryError:
-                if found and self._images.has(found[0]):  # an older answer beats none
+            except (RegistryError, NotFoundError) as exc:
+                may = engine_named or isinstance(exc, RegistryError)
+                if may and found and self._images.has(found[0]):  # an older answer beats none
                     log.warning("registry does not answer, using the last index of %s", name)
                     return await self._checked(found[0], trusted=with_credentials)
                 raise
             self._found[key] = (digest, trio.current_time())
             return await self._checked(digest, trusted=with_credentials)
 
+    async def _look_up(self, name: str, reference: Reference) -> None:
+        """Raises NotFoundError unless the registry is known to have an index of the image."""
+        no_index = NotFoundError(f"image {name}: no index of it in the local store")
+        if not self._registry_allowed(reference):
+            raise no_index
+        now = trio.current_time()
+        if max(self._missing.get(name, now), self._missing.get(reference.registry, now)) > now:
+            raise no_index
+        access = RegistryAccess.from_settings(self._settings)
+        quick = replace(
+            access,
+            connect_timeout_s=min(access.connect_timeout_s, LOOK_UP_S),
+            read_timeout_s=min(access.read_timeout_s, LOOK_UP_S),
+            deadline_s=min(access.deadline_s, LOOK_UP_S),
+        )
+        missing = name
+        try:
+            with trio.fail_after(LOOK_UP_S):
+                # abandoned: it ends by the deadlines above
+                if await trio.to_thread.run_sync(_has_index, name, quick, abandon_on_cancel=True):
+                    return
+        except trio.TooSlowError:
+            log.info("registry %s is slow: images are not looked up there", reference.registry)
+            missing = reference.registry
+        except ClipError as exc:
+            log.info("image %s: not looked up: %s", name, exc)
+        if len(self._missing) >= MAX_REMEMBERED:
+            self._missing.clear()
+        self._missing[missing] = trio.current_time() + MISSING_S
+        raise no_index
+
     async def _from_registry(
         self, name: str, with_credentials: bool, engine_named: bool, progress: Progress
     ) -> str:
-        if engine_named and not self._registry_allowed(parse_image(name)):
-            raise NotFoundError(f"image {name}: no index of it in the local store")
         access = RegistryAccess.from_settings(self._settings, anonymous=not with_credentials)
         await progress({"message": f"looking for an index of {name}"})
         try:
@@ -186,10 +233,11 @@ class Resolver:
     # Policy
 
     def _registry_allowed(self, image: object) -> bool:
-        if not isinstance(image, Reference):
-            return False
+        return isinstance(image, Reference) and self._host_allowed(image.registry)
+
+    def _host_allowed(self, host: str) -> bool:
         patterns = self._settings.allowed_registries
-        return any(fnmatch.fnmatchcase(image.registry, pattern) for pattern in patterns)
+        return any(fnmatch.fnmatchcase(host, pattern) for pattern in patterns)
 
     def _check_registry(self, reference: Reference) -> None:
         if not self._registry_allowed(reference):
@@ -197,6 +245,10 @@ class Resolver:
                 f"image {reference}: registry {reference.registry} is not allowed",
                 hint="allowed_registries in the configuration",
             )
+
+    def allowed_urls(self, urls: tuple[str, ...]) -> tuple[str, ...]:
+        """Those of an untrusted index's URLs of foreign layers that lead to allowed registries."""
+        return tuple(url for url in urls if self._host_allowed(urlsplit(url).netloc))
 
     def check_source(self, index: Index) -> None:
         """Whether an untrusted index may have its bytes fetched. Raises PolicyError."""
@@ -247,6 +299,15 @@ class Resolver:
             )
         self._images.keep_facts(facts)
         return facts
+
+
+def _has_index(name: str, access: RegistryAccess) -> bool:
+    from clipshim.registry.artifacts import find_index
+
+    try:
+        return find_index(name, platform=None, access=access) is not None
+    finally:
+        access.transport.close()
 
 
 def _repository(name: str) -> str:

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import trio
 
-from clipshim.errors import BadReferenceError, ClipError, NotFoundError, PolicyError, UsageError
+from clipshim.errors import (
+    AuthError,
+    BadReferenceError,
+    ClipError,
+    NotFoundError,
+    PolicyError,
+    RegistryError,
+    UsageError,
+)
+from clipshim.node import resolver as resolver_module
 from clipshim.node.images import ImageNames
-from clipshim.node.resolver import Resolver
+from clipshim.node.resolver import MISSING_S, Resolver
+from clipshim.registry import artifacts
 from clipshim.settings import Settings
 
 if TYPE_CHECKING:
@@ -54,6 +65,61 @@ def test_an_engines_image_without_index_is_not_found_rather_than_refused(tmp_pat
         tmp_path, {"image": "evil.example/x:1", "engine_named": True}, allowed_registries=[]
     )
     assert isinstance(error, NotFoundError)
+
+
+@pytest.mark.parametrize("trouble", [None, NotFoundError, RegistryError, AuthError])
+def test_that_a_registry_has_no_index_of_an_engines_image_is_remembered(
+    trouble: type[ClipError] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def find_index(image: str, **_: object) -> None:
+        asked.append(image)
+        if trouble is not None:
+            raise trouble("for the test")
+
+    monkeypatch.setattr(artifacts, "find_index", find_index)
+    settings = Settings({"state_dir": str(tmp_path / "state"), "run_dir": str(tmp_path / "run")})
+    resolver = Resolver(settings, ImageNames(settings))
+    now = 0.0
+    monkeypatch.setattr(trio, "current_time", lambda: now)
+    for later, times in ((0.0, 1), (1.0, 1), (MISSING_S - 1, 1), (MISSING_S + 1, 2)):
+        now = later
+        with pytest.raises(NotFoundError):
+            trio.run(resolver.resolve, {"image": "r.example/x:1", "engine_named": True}, [], quiet)
+        assert asked == ["r.example/x:1"] * times
+    with pytest.raises(NotFoundError):
+        trio.run(resolver.resolve, {"image": "r.example/y:1", "engine_named": True}, [], quiet)
+    assert asked[-1] == "r.example/y:1", "other images are looked up"
+
+
+def test_a_slow_registry_is_not_waited_for_and_not_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = threading.Event()
+    asked: list[str] = []
+
+    def find_index(image: str, **_: object) -> None:
+        asked.append(image)
+        answer.wait(60)
+
+    monkeypatch.setattr(artifacts, "find_index", find_index)
+    monkeypatch.setattr(resolver_module, "LOOK_UP_S", 0.2)
+    settings = Settings({"state_dir": str(tmp_path / "state"), "run_dir": str(tmp_path / "run")})
+    resolver = Resolver(settings, ImageNames(settings))
+
+    async def main() -> None:
+        for name in ("x", "x", "y"):
+            source = {"image": f"slow.example/{name}:1", "engine_named": True}
+            with pytest.raises(NotFoundError):
+                await resolver.resolve(source, [], quiet)
+        assert asked == ["slow.example/x:1"]
+        assert not answer.is_set()
+
+    try:
+        trio.run(main)
+    finally:
+        answer.set()
 
 
 def test_a_digest_must_be_one_and_be_here(tmp_path: Path) -> None:
