@@ -5,7 +5,7 @@ Not for FUSE, nor for what a fetch does (span_fetch.py). All methods belong to o
 A read is answered as soon as the spans it touches are there, whatever else is under way. Whoever
 waits can leave without harm to the others: flights run in the nursery of Fetching. Failed flights
 are flown again until the reader's own deadline, unless the failure is of a kind that does not pass
-(refused, not found, wrong bytes from every source).
+(refused, not found); wrong bytes from every source are asked for a few times more.
 """
 
 from __future__ import annotations
@@ -46,9 +46,13 @@ log = logging.getLogger(__name__)
 
 Data = bytes | bytearray | memoryview
 DENIALS = (AuthError, NotFoundError, PolicyError)
-LASTING = (*DENIALS, DigestError, SpanDecodeError)
+WRONG = (DigestError, SpanDecodeError)
+LASTING = (*DENIALS, *WRONG)
 FAIL_FAST_S = 1.0  # after a denial readers get it at once, and no request is made
 RETRY_PAUSE_S = 0.1
+# Flights whose every source sent wrong bytes, until the reader is told so. A broken proxy or cache
+# may be mended in a moment; a blob that is wrong for good costs 6 s, not the whole deadline.
+WRONG_FLIGHTS = 6
 LAUNCHED_SPANS = 64  # of one read at once
 
 
@@ -185,6 +189,7 @@ class LayerReader:
     async def _fly(self, span: int, priority: int, deadline: float) -> Flight:
         """Waits for a span, over failures that may pass. Raises ClipError."""
         cause = ""
+        pause_s, wrong = RETRY_PAUSE_S, 0
         while True:
             self._launch((span,), priority)
             flight = self._flights.get(span)
@@ -203,20 +208,27 @@ class LayerReader:
             if error is None and flight.event.is_set():
                 return flight
             if error is not None:
-                if isinstance(error, LASTING) or priority != DEMAND:
+                if isinstance(error, DENIALS) or priority != DEMAND:
                     raise error
+                if isinstance(error, WRONG):
+                    wrong += 1
+                    pause_s = RETRY_PAUSE_S * 2**wrong
+                    if wrong >= WRONG_FLIGHTS:
+                        raise error
                 cause = error.message
             # a long range is decoded from its start: as long as it gets on, it is worth waiting
             deadline = max(deadline, flight.ticket.progress + self._fetching.deadline_s)
             if error is None and trio.current_time() < deadline:
                 continue
-            if trio.current_time() + RETRY_PAUSE_S >= deadline:
+            if trio.current_time() + pause_s >= deadline:
+                if isinstance(error, WRONG):
+                    raise error
                 seconds = self._fetching.deadline_s
                 raise RegistryError(
                     f"span {span} did not come within {seconds:g} s: {cause or self._trouble()}",
                     hint="is the registry reachable? `clipshim status` shows what is not",
                 ) from error
-            await trio.sleep(RETRY_PAUSE_S)
+            await trio.sleep(pause_s)
 
     def _trouble(self) -> str:
         services = {self._fetching.service(source.service) for source in self._sources}

@@ -14,6 +14,7 @@ import trio
 from clipshim.errors import ClipError
 from clipshim.index.builder import BuildOptions, build_index
 from clipshim.index.model import open_index
+from clipshim.lazy import layer_reader
 from clipshim.lazy.fetching import Fetching
 from clipshim.lazy.full_check import complete_layer
 from clipshim.lazy.layer_reader import LayerReader
@@ -188,8 +189,13 @@ def test_readers_never_notice_faults_that_pass(
 
 
 def test_a_registry_that_serves_other_bytes_is_never_believed(
-    registry: TestRegistry, tmp_path: Path, access: RegistryAccess, layer: tuple[Path, bytes]
+    registry: TestRegistry,
+    tmp_path: Path,
+    access: RegistryAccess,
+    layer: tuple[Path, bytes],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(layer_reader, "RETRY_PAUSE_S", 0.01)
     path, want = layer
     reference = pushed(registry, tmp_path, path, "gzip", name="liar")
     with indexed(reference, tmp_path, access) as index, FaultProxy(registry.host) as proxy:

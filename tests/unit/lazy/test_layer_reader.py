@@ -136,7 +136,10 @@ def test_a_cancelled_reader_does_not_harm_the_others(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["plain", "gzip", "one-frame"])
-def test_wrong_bytes_are_never_served_nor_stored(tmp_path: Path, form: Form) -> None:
+def test_wrong_bytes_are_never_served_nor_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: Form
+) -> None:
+    monkeypatch.setattr(layer_reader, "RETRY_PAUSE_S", 0.001)
     layer = MadeLayer(MIB, form=form)
     source = MadeSource(layer)
     source.lie = True
@@ -176,20 +179,23 @@ def test_another_source_helps_out_when_one_lies(tmp_path: Path) -> None:
     trio.run(main)
 
 
-def test_one_lie_is_made_good_by_asking_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("lies", [1, 2, 4, 9])
+def test_some_lies_are_made_good_by_asking_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lies: int
+) -> None:
+    monkeypatch.setattr(layer_reader, "RETRY_PAUSE_S", 0.001)
     layer = MadeLayer(SPAN, form="plain")
     source = MadeSource(layer)
-    source.lie = True
 
-    def stop_lying(_: int) -> None:
-        source.lie = len(source.requests) < 2
+    def lie_so_often(_: int) -> None:
+        source.lie = len(source.requests) <= lies
 
-    source.before = stop_lying
+    source.before = lie_so_often
 
     async def main() -> None:
         async with reading(tmp_path, layer, source) as reader:
             assert bytes(await reader.read(0, 100)) == layer.data[:100]
-            assert source.distrusted == 1
+            assert source.distrusted == lies
 
     trio.run(main)
 
