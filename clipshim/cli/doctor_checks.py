@@ -56,9 +56,10 @@ def run_checks(registries: Sequence[str]) -> list[Finding]:
     except ClipError as exc:
         findings.append(Finding(Level.BROKEN, "configuration", exc.message, exc.hint))
         settings = Settings()
+    findings.extend([*check_kernel(), *check_root()])
+    if findings[-1].check == "user":
+        return findings  # the rest is for root's eyes: it would all look broken
     checks = {
-        "kernel": check_kernel(),
-        "user": check_root(),
         "fuse": check_fuse(),
         "directories": check_directories(settings),
         "overlay": check_overlay(settings),

@@ -158,6 +158,10 @@ class ImageNames:
                 raw = json.load(file)
         except FileNotFoundError:
             return {}
+        except PermissionError as exc:
+            raise StoreError(
+                f"{self._names}: {exc.strerror}", hint="run it as root, or name an index file"
+            ) from exc
         except (OSError, ValueError) as exc:
             raise StoreError(
                 f"{self._names}: {exc}", hint="remove it and name the images again"

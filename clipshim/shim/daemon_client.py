@@ -93,6 +93,10 @@ def ask(
                 f"node daemon at {socket_path}: {request.get('op')}: no reply in {timeout_s:g} s",
                 hint="raise daemon_timeout_s, or look at clipshim status",
             ) from exc
+        except PermissionError as exc:
+            raise DaemonError(
+                f"node daemon at {socket_path}: {exc.strerror}", hint="run it as root"
+            ) from exc
         except OSError as exc:
             raise DaemonError(f"node daemon at {socket_path}: {request.get('op')}: {exc}") from exc
 
