@@ -115,7 +115,9 @@ def _version(value: bool) -> None:
 
 def _group_options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+        bool,
+        # Not in --help: the launcher answers `clipshim --version` with the runtime's version.
+        typer.Option("--version", callback=_version, is_eager=True, hidden=True),
     ] = False,
 ) -> None:
     """Start containers before their image has arrived.
@@ -133,7 +135,9 @@ def _group_options(
 def build_app() -> Any:
     """The whole command line as one click command."""
     app = typer.Typer(cls=LazyGroup, add_completion=False, rich_markup_mode=None)
-    app.callback()(_group_options)
+    app.callback(
+        epilog=f"This is version {__version__}; --version is answered by the low-level runtime."
+    )(_group_options)
     return typer.main.get_command(app)
 
 

@@ -60,10 +60,11 @@ def command(
     quiet: Quiet = False,
     output: Format = OutputFormat.TABLE,
 ) -> None:
-    """Write an OCI bundle: config.json from the image's configuration, and the index.
+    """Write an OCI bundle that runs from an image's index.
 
-    An image that has no index yet is indexed on the way. The bundle can be moved; its container
-    fetches from the registry that the index names.
+    config.json comes from the image's configuration, and the index lies beside it. An image that
+    has no index yet is indexed on the way. The bundle can be moved; its container fetches from the
+    registry that the index names.
 
     \b
     clipshim bundle docker.io/library/python:3.12 app -- python3 -c 'print("hello")'

@@ -15,7 +15,7 @@ def command(
     quiet: Quiet = False,
     output: Format = OutputFormat.TABLE,
 ) -> None:
-    """Fetch everything of an image and prove that its layers are whole.
+    """Fetch the rest of an image and prove it whole.
 
     Afterwards containers of the image run without the registry.
 

@@ -14,7 +14,9 @@ def command(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
     output: Format = OutputFormat.TABLE,
 ) -> None:
-    """Remove mounts, directories and trees that belong to no container any more.
+    """Remove what belongs to no container any more.
+
+    Mounts, directories and trees, as crashed containers leave them.
 
     The daemon does this at its start by itself; cached spans go when the cache is full.
 

@@ -63,7 +63,9 @@ def command(
     quiet: Quiet = False,
     output_format: Format = OutputFormat.TABLE,
 ) -> None:
-    """Make the index of an image: read every layer once, keep everything but file contents.
+    """Make the index of an image.
+
+    Every layer is read once; everything but the files' contents is kept.
 
     Without OUTPUT the index goes into this machine's store, where containers of the image find
     it by the image's name.

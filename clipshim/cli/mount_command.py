@@ -18,7 +18,9 @@ def command(
     output: Format = OutputFormat.TABLE,
     quiet: Quiet = False,
 ) -> None:
-    """Mount the tree of an index at a directory, read-only and lazily loaded.
+    """Mount an index's tree at a directory, read-only.
+
+    Files are fetched as they are read.
 
     \b
     clipshim mount app.clip /mnt

@@ -40,7 +40,9 @@ def command(
     quiet: Quiet = False,
     output: Format = OutputFormat.TABLE,
 ) -> None:
-    """Fetch an image's index from the registry into this machine's store.
+    """Fetch the index that somebody pushed for an image.
+
+    It goes into this machine's store, where containers of the image find it.
 
     \b
     clipshim pull registry.example.com/app:1.0

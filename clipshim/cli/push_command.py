@@ -32,9 +32,10 @@ def command(
     quiet: Quiet = False,
     output: Format = OutputFormat.TABLE,
 ) -> None:
-    """Push an index as a referrer of its image: nodes find it there by the image's name.
+    """Store an index beside its image in the registry.
 
-    The image itself is not touched.
+    It becomes a referrer of the image, and nodes find it by the image's name. The image itself is
+    not touched.
 
     \b
     clipshim push app.clip registry.example.com/app:1.0

@@ -78,10 +78,10 @@ def command(
     quiet: Quiet = False,
     output: Format = OutputFormat.TABLE,
 ) -> None:
-    """Make a stub: an image of a few hundred kB that engines pull instead of the big one.
+    """Make a small image that engines pull instead of the big one.
 
-    With `runtime: clipshim` its containers see the whole image; the rest is fetched as it is
-    read. The image itself stays where it is.
+    A stub is an ordinary image of a few hundred kB. With `runtime: clipshim` its containers see
+    the whole image; the rest is fetched as it is read. The image itself stays where it is.
 
     \b
     clipshim stub registry.example.com/app:1.0 registry.example.com/app:1.0-lazy
