@@ -44,6 +44,11 @@ static const char *const version_flags[] = {"version", "v", NULL};
 
 static const char *const bundle_verbs[] = {"create", "run", "restore", NULL};
 static const char *const recorded_verbs[] = {"delete", "checkpoint", NULL};
+/* of runc and crun: others may be typing errors */
+static const char *const runtime_verbs[] = {
+    "checkpoint", "create", "delete",  "events", "exec", "features", "init",  "kill",  "list",
+    "mounts",     "pause",  "ps",      "restore", "resume", "run",   "spec",  "start", "state",
+    "update",     NULL};
 static const char *const own_commands[] = {
     "index",  "inspect", "bundle",   "mount",  "umount",  "push",      "pull", "stub",
     "daemon", "status",  "doctor",   "gc",     "complete", "report", "install", "uninstall",
@@ -549,6 +554,10 @@ int main(int argc, char **argv)
             python = may_be_recorded(config.run_dir, argv + index + 1);
         if (python)
             run_python(self, runtime, argv, false);
+        /* Engines get the runtime's answer alone; a person learns whose answer it is. */
+        if (!is_one_of(verb, strlen(verb), runtime_verbs) && isatty(STDERR_FILENO))
+            fprintf(stderr, "clipshim: no command of clipshim (see clipshim help), so %s answers:\n",
+                    runtime);
     }
     argv[0] = runtime; /* runc's usage texts show it */
     execv(runtime, argv);
