@@ -111,6 +111,13 @@ retry() {
     return 1
 }
 
+# Retries a package manager; what it prints is shown only if it fails to the end.
+quietly() {
+    retry "$@" >"$cache/apt.log" 2>&1 </dev/null && return 0
+    cat "$cache/apt.log" >&2
+    die "$1 failed; the machine needs its package sources and a network"
+}
+
 install_packages() {
     local missing=() package
     for package in "${packages[@]}"; do
@@ -121,8 +128,9 @@ install_packages() {
     command -v apt-get >/dev/null || die "install these and run it again: ${missing[*]}"
     say "installing ${missing[*]}"
     export DEBIAN_FRONTEND=noninteractive
-    retry apt-get -q -o DPkg::Lock::Timeout=300 update
-    retry apt-get -q -y -o DPkg::Lock::Timeout=300 install --no-install-recommends "${missing[@]}"
+    mkdir -p "$cache"
+    quietly apt-get -q -o DPkg::Lock::Timeout=300 update
+    quietly apt-get -q -y -o DPkg::Lock::Timeout=300 install --no-install-recommends "${missing[@]}"
 }
 
 install_clipshim() {
@@ -277,6 +285,8 @@ print(f"image:    {image / 1e6:8.1f} MB compressed, {index['layers']} layers")
 print(f"index:    {index['index_size'] / 1e6:8.2f} MB ({index['index_size'] / image:.1%})")
 got = fetched(after) - fetched(before)
 print(f"fetched:  {got / 1e6:8.2f} MB ({got / image:.1%} of the image) to run the program")
+if not got:
+    print("          an earlier run had fetched everything: it is in the node's cache")
 PYTHON
 printf 'index     %6d ms\nbundle    %6d ms\nrun       %6d ms, from the command to the program'"'"'s end\nrun again %6d ms\n' \
     "$index_ms" "$bundle_ms" "$run_ms" "$warm_ms"
@@ -285,3 +295,9 @@ for found in "$proc_links" "$usr_links"; do
 done
 printf 'checks    /proc and /usr are sound\n'
 [ -z "$keep" ] || printf 'kept      clipshim run --bundle %s ID\n' "$bundle"
+if [ -z "${CLIPSHIM_DEMO_VENV:-}" ]; then
+    printf '\nnext      sudo clipshim status          what is mounted, cached and was fetched\n'
+    printf '          sudo clipshim doctor          whether this machine is fit for it\n'
+    printf '          sudo clipshim install docker  or containerd, podman, crio\n'
+    printf '          sudo %s --clean\n' "$0"
+fi
