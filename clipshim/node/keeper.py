@@ -79,6 +79,7 @@ def start_fresh(settings: Settings) -> Keeper | None:
             else:
                 close_all([fd] if fd >= 0 else [])
                 del state.trees[image_id]
+                sd_notify.forget_fd(f"tree-{image_id}")
         log.info("goes on with the connections that systemd kept")
     else:
         close_all([layers_fd] if layers_fd >= 0 else [])

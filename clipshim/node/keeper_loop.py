@@ -377,6 +377,8 @@ class Keeper:
         for image_id, child in self.trees.items():
             if not self.leave_mounts:
                 self._unmount_tree(image_id)
+            if child.ending:  # unmounted, perhaps a moment ago: its server may still be there
+                sd_notify.forget_fd(f"tree-{image_id}")
             child.kill(signal.SIGTERM)
         if self.leave_mounts:
             log.info("stopped, mounts stay for the next start")
