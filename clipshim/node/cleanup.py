@@ -18,7 +18,6 @@ import trio
 from clipshim.errors import ClipError
 from clipshim.mounts import mountinfo
 from clipshim.node.containers import read_containers
-from clipshim.node.images import ImageNames
 from clipshim.node.node import Node
 from clipshim.node.unpacked import remove_quietly
 
@@ -26,6 +25,7 @@ log = logging.getLogger(__name__)
 
 INDEX_AGE_S = 7 * 86400.0
 DRAFT_AGE_S = 86400.0
+DRAFTS = (".new-", ".clip-", ".pull-")  # images.py, tree_records.py; clip_format.py; artifacts.py
 PAUSE_S = 900.0  # containers of engines that crashed are found without anybody asking
 CONTAINERS_TIMEOUT_S = 300.0
 
@@ -77,7 +77,8 @@ async def _collect(node: Node, *, dry_run: bool, unused_trees: bool) -> list[str
         removed.append(f"index {digest}")
         if not dry_run:
             await trio.to_thread.run_sync(node.images.remove, digest)
-    removed += await trio.to_thread.run_sync(_drafts, node.images, dry_run)
+    for directory in (node.images.directory, node.records.directory):
+        removed += await trio.to_thread.run_sync(remove_drafts, directory, dry_run)
     for text in removed:
         log.info("%s %s", "would remove" if dry_run else "removed", text)
     return removed
@@ -154,12 +155,12 @@ def _index_files(node: Node, mounted: set[str]) -> list[IndexFile]:
     return files
 
 
-def _drafts(images: ImageNames, dry_run: bool) -> list[str]:
+def remove_drafts(directory: str, dry_run: bool) -> list[str]:
     """Half-written files of processes that died."""
     removed = []
     with contextlib.suppress(FileNotFoundError):
-        for entry in os.scandir(images.directory):
-            if not entry.name.startswith(".new-") or entry.is_dir(follow_symlinks=False):
+        for entry in os.scandir(directory):
+            if not entry.name.startswith(DRAFTS) or entry.is_dir(follow_symlinks=False):
                 continue
             with contextlib.suppress(OSError):
                 if time.time() - entry.stat(follow_symlinks=False).st_mtime > DRAFT_AGE_S:

@@ -44,6 +44,7 @@ class KeeperLink:
         self._answers: dict[int, tuple[Message, list[int]]] = {}
         self._answered = trio.Condition()
         self._next_id = 0
+        self._awaited = 0  # the number of the request whose answer is waited for; 0: none
         self.keeper_deaths = 0
         self.leaving = False  # the daemon ends: a keeper that is gone is no accident
 
@@ -70,10 +71,12 @@ class KeeperLink:
                 except ValueError:
                     log.exception("keeper sent something else than a message")
                     continue
-                if "id" in message:
+                if message.get("id", -1) == self._awaited:
                     async with self._answered:
-                        self._answers[message["id"]] = (message, fds)
+                        self._answers[self._awaited] = (message, fds)
                         self._answered.notify_all()
+                elif "id" in message:
+                    close_all(fds)  # an answer that came too late
                 else:
                     close_all(fds)
                     nursery.start_soon(self.on_order, message)
@@ -98,6 +101,8 @@ class KeeperLink:
         self._socket.close()
         self._socket = self._prepared(ours)
         async with self._answered:  # who waits for the dead keeper's answer must ask again
+            for _, fds in self._answers.values():
+                close_all(fds)
             self._answers.clear()
             self._answered.notify_all()
 
@@ -107,22 +112,29 @@ class KeeperLink:
             with trio.CancelScope(shield=True, deadline=trio.current_time() + REQUEST_TIMEOUT_S):
                 deaths = self.keeper_deaths
                 self._next_id += 1
-                number = self._next_id
+                number = self._awaited = self._next_id
                 try:
                     send_message(self._socket, request | {"id": number})
+                    reply, fds = await self._answer(number, deaths, str(request["op"]))
                 except OSError as exc:
                     raise DaemonError(f"keeper: {exc}") from exc
-                async with self._answered:
-                    while number not in self._answers:
-                        if self.keeper_deaths != deaths:
-                            raise DaemonError(f"keeper died during {request['op']}")
-                        await self._answered.wait()
-                    reply, fds = self._answers.pop(number)
+                finally:
+                    self._awaited = 0
+                    _, late = self._answers.pop(number, ({}, []))
+                    close_all(late)
                 if not reply.get("ok"):
                     close_all(fds)
                     raise DaemonError(f"keeper: {reply.get('error')}")
                 return fds
         raise DaemonError(f"keeper: no answer to {request['op']}")
+
+    async def _answer(self, number: int, deaths: int, op: str) -> tuple[Message, list[int]]:
+        async with self._answered:
+            while number not in self._answers:
+                if self.keeper_deaths != deaths:
+                    raise DaemonError(f"keeper died during {op}")
+                await self._answered.wait()
+            return self._answers.pop(number)
 
     def tell(self, message: Message) -> None:
         """Sends a message that needs no answer."""

@@ -1,5 +1,6 @@
 """Prometheus metrics, made from the counts at the moment of the scrape."""
 
+import logging
 from collections.abc import Iterable, Iterator
 
 import trio
@@ -14,6 +15,8 @@ from prometheus_client.registry import Collector
 
 from clipshim.lazy.statistics import BUCKETS_S, Histogram
 from clipshim.node.node import Node
+
+log = logging.getLogger(__name__)
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 REQUEST_S = 10.0
@@ -115,6 +118,8 @@ async def serve_http(node: Node, address: str) -> None:
             await answer(stream)
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             return
+        except Exception:  # what goes wrong in a scrape must not end the server
+            log.exception("metrics")
         finally:
             await trio.aclose_forcefully(stream)
 

@@ -38,6 +38,7 @@ class Prefetching:
         self._layers = layers
         self._profiles = f"{settings.state_dir}/profiles"
         self._scopes: dict[str, trio.CancelScope] = {}
+        self._learning = trio.Lock()
 
     def learn(self, record: TreeRecord, touches: Touches) -> None:
         """A container of an image has started."""
@@ -46,7 +47,8 @@ class Prefetching:
 
     async def _learn(self, image_id: str, touches: Touches) -> None:
         try:
-            await trio.to_thread.run_sync(record_start, self._profiles, image_id, touches)
+            async with self._learning:  # a profile is read, changed and written
+                await trio.to_thread.run_sync(record_start, self._profiles, image_id, touches)
         except OSError as exc:
             log.warning("profile of %s: %s", image_id, exc)
 

@@ -4,7 +4,7 @@ import logging
 
 import trio
 
-from clipshim.errors import ClipError, DaemonError
+from clipshim.errors import DaemonError
 from clipshim.node.control import Message
 from clipshim.node.keeper_link import KeeperLink
 from clipshim.node.tree_mounts import TreeMounts
@@ -40,10 +40,7 @@ class ServerLife:
                 + (f" and {len(in_use) - 5} more" if len(in_use) > 5 else ""),
                 hint="stop the containers first; an upgrade needs `clipshim daemon --replace` only",
             )
-        try:
-            await self._trees.unmount_idle(0.0)
-        except ClipError as exc:
-            log.error("stopping: %s", exc)
+        await self._trees.unmount_idle(0.0)
         if not leave:
             await self._trees.abandon()
         self._keeper.leaving = True

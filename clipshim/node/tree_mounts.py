@@ -375,13 +375,17 @@ class TreeMounts:
         return [tree for tree in found if tree.image_id not in recorded]
 
     async def unmount_idle(self, linger_s: float) -> list[str]:
-        """Unmounts those; returns their image IDs."""
+        """Unmounts those; returns the image IDs of what is gone. What fails is logged."""
         gone = []
         for tree in self.idle(linger_s):
             async with tree.lock:
                 if tree.holds or tree.coming or tree.state is not State.MOUNTED:
                     continue  # a container came first
-                await self._unmount_now(tree)
+                try:
+                    await self._unmount_now(tree)
+                except ClipError as exc:  # the others go all the same; this one is tried again
+                    log.error("tree %s: %s", tree.image_id, exc)
+                    continue
                 gone.append(tree.image_id)
         return gone
 

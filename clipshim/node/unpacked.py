@@ -6,7 +6,6 @@ Walks the index's tree and writes files from verified spans, so whiteouts and ha
 index has them. Runs as root; not for anything that can be mounted.
 """
 
-import contextlib
 import logging
 import os
 import secrets
@@ -175,5 +174,9 @@ def _write_at(fd: int, data: bytes | bytearray | memoryview, offset: int) -> Non
 
 def remove_quietly(path: str) -> None:
     """Removes a tree of ours; what cannot be removed is found by the next clean-up."""
-    with contextlib.suppress(FileNotFoundError):
+    try:
         shutil.rmtree(path)
+    except FileNotFoundError:
+        return
+    except OSError as exc:
+        log.error("%s: %s", path, exc)
