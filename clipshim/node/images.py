@@ -50,6 +50,7 @@ class ImageNames:
     def __init__(self, settings: Settings) -> None:
         self.directory = settings.index_store
         self._names = f"{self.directory}/names.json"
+        self._min_free_bytes = settings.min_free_bytes
 
     # Files
 
@@ -83,6 +84,7 @@ class ImageNames:
             if self.has(digest):
                 return digest
         self._make()
+        self._check_room(status.st_size)
         temporary = f"{self.directory}/.new-{secrets.token_hex(8)}"
         try:
             out = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o400)
@@ -98,10 +100,12 @@ class ImageNames:
                 os.close(out)
             digest = f"sha256:{hasher.hexdigest()}"
             os.rename(temporary, self.path(digest))
-        except OSError as exc:
+        except BaseException as exc:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(temporary)
-            raise StoreError(f"local store {self.directory}: {exc.strerror}") from exc
+            if isinstance(exc, OSError):
+                raise StoreError(f"local store {self.directory}: {exc.strerror}") from exc
+            raise
         _sync_directory(self.directory)
         return digest
 
@@ -221,6 +225,15 @@ class ImageNames:
             os.makedirs(self.directory, mode=0o700, exist_ok=True)
         except OSError as exc:
             raise StoreError(f"local store {self.directory}: {exc.strerror}") from exc
+
+    def _check_room(self, size: int) -> None:
+        """Raises StoreError rather than fill the disk: a container's index may be any size."""
+        state = os.statvfs(self.directory)
+        if size + self._min_free_bytes > state.f_bavail * state.f_frsize:
+            raise StoreError(
+                f"local store {self.directory}: no room for an index of {size} bytes",
+                hint="make room on its file system, or change min_free_bytes",
+            )
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[dict[str, str]]:

@@ -103,7 +103,8 @@ class Node:
         if not trusted:
             self.resolver.check_source(index)
         layer = index.layers[position]
-        blob = locate_blob(index.reference, layer.blob_digest, layer.blob_size, layer.urls)
+        urls = layer.urls if trusted else self.resolver.allowed_urls(layer.urls)
+        blob = locate_blob(index.reference, layer.blob_digest, layer.blob_size, urls)
         reference = parse_image(index.reference)
         service = reference.server if isinstance(reference, Reference) else str(reference)
         return BlobSource(index, position, self._blob_reader(trusted), blob, service)

@@ -15,7 +15,6 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from typing import Any
-from urllib.parse import urlsplit
 from weakref import WeakValueDictionary
 
 import trio
@@ -35,6 +34,7 @@ from clipshim.index.tree_check import check_tree
 from clipshim.node.images import ImageFacts, ImageNames
 from clipshim.registry.access import RegistryAccess
 from clipshim.registry.references import Reference, canonical_image, parse_image
+from clipshim.registry.urls import parse_url
 from clipshim.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -248,7 +248,12 @@ class Resolver:
 
     def allowed_urls(self, urls: tuple[str, ...]) -> tuple[str, ...]:
         """Those of an untrusted index's URLs of foreign layers that lead to allowed registries."""
-        return tuple(url for url in urls if self._host_allowed(urlsplit(url).netloc))
+        parsed = [(url, parse_url(url)) for url in urls]
+        return tuple(
+            url
+            for url, parts in parsed
+            if parts is not None and self._host_allowed(parts.netloc.rpartition("@")[2])
+        )
 
     def check_source(self, index: Index) -> None:
         """Whether an untrusted index may have its bytes fetched. Raises PolicyError."""
