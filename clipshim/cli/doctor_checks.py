@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 OLDEST_KERNEL = (4, 18)
 MEMORY_FILE_SYSTEMS = {syscalls.TMPFS_MAGIC: "tmpfs", syscalls.RAMFS_MAGIC: "ramfs"}
 VERSION_TIMEOUT_S = 30.0
+PING_TIMEOUT_S = 10.0
 ENGINE_PROCESSES = ("dockerd", "containerd", "crio", "conmon", "kubelet")
 
 
@@ -246,26 +247,29 @@ def check_daemon(settings: Settings) -> Iterator[Finding]:
         )  # fmt: skip
         return
     try:
-        reply = call(settings, {"op": "ping"}, start=False)
+        reply = call(settings, {"op": "ping"}, start=False, timeout_s=PING_TIMEOUT_S)
     except ClipError as exc:
-        yield Finding(Level.BROKEN, "daemon", exc.message, "clipshim daemon --replace")
+        yield Finding(
+            Level.BROKEN, "daemon", exc.message,
+            f"its log; else end the server, which {settings.run_dir}/keeper.json names: the keeper "
+            "starts another and containers go on",
+        )  # fmt: skip
         return
     yield Finding(Level.OK, "daemon", f"version {reply.get('version')}, process {reply.get('pid')}")
 
 
 def check_mounts(settings: Settings) -> Iterator[Finding]:
     """Mounts of ours that answer no more, or that belong to no container."""
+    from clipshim.cli.mount_probe import probe
+
+    ours = (settings.run_dir + "/", settings.state_dir + "/")
+    points = [m.mount_point for m in mountinfo.read_mounts() if m.mount_point.startswith(ours)]
     bad = False
-    for entry in mountinfo.read_mounts():
-        point = entry.mount_point
-        if not point.startswith((settings.run_dir + "/", settings.state_dir + "/")):
-            continue
-        try:
-            os.stat(point)
-        except OSError as exc:
+    for point, trouble in probe(list(dict.fromkeys(points))):
+        if trouble is not None:
             bad = True
             yield Finding(
-                Level.BROKEN, "mounts", f"{point}: {exc.strerror}",
+                Level.BROKEN, "mounts", f"{point}: {trouble}",
                 "clipshim daemon --replace repairs it; else clipshim gc",
             )  # fmt: skip
         parts = point.removeprefix(settings.run_dir + "/").split("/")
@@ -310,7 +314,11 @@ def check_namespaces(settings: Settings) -> Iterator[Finding]:
 
     if not is_running(settings):
         return
-    daemon = _mount_namespace(int(call(settings, {"op": "ping"}, start=False).get("pid") or 0))
+    try:
+        reply = call(settings, {"op": "ping"}, start=False, timeout_s=PING_TIMEOUT_S)
+    except ClipError:
+        return  # check_daemon says so
+    daemon = _mount_namespace(int(reply.get("pid") or 0))
     if daemon is None:
         return
     elsewhere = []
