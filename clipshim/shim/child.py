@@ -126,7 +126,11 @@ def _exec_in_child(
 
 
 def _restore_signals() -> None:
-    """Undoes what Python did at its start; SIGXFSZ and SIGPIPE are ignored by it."""
+    """Undoes what Python did at its start: it ignores SIGXFSZ and SIGPIPE, and handles SIGINT.
+
+    A SIGINT that the caller ignores (a shell's background job) Python leaves so, and so do we.
+    """
     for number in (signal.SIGPIPE, signal.SIGXFSZ):
         signal.signal(number, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)

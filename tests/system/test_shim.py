@@ -573,9 +573,14 @@ json.dump({
 """
 
 
+@pytest.mark.parametrize("interrupt", [signal.SIG_DFL, signal.SIG_IGN], ids=["heeded", "ignored"])
 @pytest.mark.parametrize("way", ["launcher", "python", "child"])
 def test_the_runtime_gets_what_the_engine_gave(
-    way: str, make_node: Callable[..., Node], tmp_path: Path, bundle: Callable[..., Path]
+    way: str,
+    interrupt: signal.Handlers,
+    make_node: Callable[..., Node],
+    tmp_path: Path,
+    bundle: Callable[..., Path],
 ) -> None:
     fake = tmp_path / "fake-runtime"
     fake.write_text(DUMP_RUNTIME)
@@ -613,6 +618,7 @@ def test_the_runtime_gets_what_the_engine_gave(
             capture_output=True,
             text=True,
             check=False,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, interrupt) and None,
         )
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
         found.append(json.loads((tmp_path / "dump").read_text()))
