@@ -1,17 +1,17 @@
-"""Serves one /dev/fuse descriptor with pyfuse3, from its first request or after a dead server.
+"""Serves one /dev/fuse descriptor with pyfuse3, in the place of whoever served it before.
 
 Not for mounting, and not for what the files hold.
 
-The descriptor belongs to a mount that somebody else made with mount(2) and fd=N, so the mount
-outlives the server. The kernel's FUSE_INIT is answered here, not by libfuse: that gives us the
-limits that libfuse does not offer, and makes the first start and a take-over the same for libfuse.
-It always starts on a socket pair that stands at the descriptor's number, reads a FUSE_INIT that
-we made, and in Operations.init() the real descriptor comes back to that number. libfuse's answer
-then goes to the kernel, which drops it, because it knows no such request.
+The descriptor belongs to a mount that somebody else made with mount(2) and fd=N and whose FUSE_INIT
+has been answered (the keeper does both), so that the mount outlives its servers and the first one
+is like the others. libfuse always starts with FUSE_INIT: it begins on a socket pair that stands at
+the descriptor's number, reads a FUSE_INIT that we made, and in Operations.init() the real
+descriptor comes back to that number. libfuse's answer then goes to the kernel, which drops it,
+because it knows no such request.
 
-After a take-over FUSE_NOTIFY_RESEND (Linux 6.9+) makes the kernel send again what the dead server
-had read and not answered. That needs inode numbers and file handles that mean the same in every
-server: deterministic inodes, handles without state.
+FUSE_NOTIFY_RESEND (Linux 6.9+) makes the kernel send again what a dead server had read and not
+answered. That needs inode numbers and file handles that mean the same in every server:
+deterministic inodes, handles without state.
 """
 
 from __future__ import annotations
@@ -38,39 +38,16 @@ log = logging.getLogger(__name__)
 # linux/fuse.h
 FUSE_INIT = 26
 FUSE_NOTIFY_RESEND = 7
-FUSE_ASYNC_READ = 1 << 0
-FUSE_ATOMIC_O_TRUNC = 1 << 3
-FUSE_BIG_WRITES = 1 << 5
-FUSE_DO_READDIRPLUS = 1 << 13
-FUSE_PARALLEL_DIROPS = 1 << 18
-FUSE_MAX_PAGES = 1 << 22
-FUSE_CACHE_SYMLINKS = 1 << 23
-FUSE_INIT_EXT = 1 << 30
-FUSE_HAS_RESEND = 1 << 39
-WANTED = (
-    FUSE_ASYNC_READ
-    | FUSE_ATOMIC_O_TRUNC
-    | FUSE_BIG_WRITES
-    | FUSE_DO_READDIRPLUS  # not _AUTO: pyfuse3 has no plain readdir
-    | FUSE_PARALLEL_DIROPS
-    | FUSE_MAX_PAGES
-    | FUSE_CACHE_SYMLINKS
-)
 # What libfuse is told that the kernel can; 7.36 is the newest that libfuse 3.14 understands whole.
 LIBFUSE_FLAGS = 0x73FFFFFB
 MINOR = 36
 IN_HEADER = struct.Struct("<IIQQIIIHH")
 INIT_IN = struct.Struct("<IIII")
-INIT_OUT = struct.Struct("<IIIIHHIIHHII24x")
 OUT_HEADER = struct.Struct("<IiQ")
 SYNTHETIC_UNIQUE = 0x0FFFFFFFFFFFFFF0
 MAX_READ = 1 << 20
-# Read-ahead of a layer whose registry is dead occupies background slots until it times out; with
-# the kernel's default of 12 that would stop the read-ahead of every other layer.
-MAX_BACKGROUND = 4096
 # Every waiting request is a task; reads wait for as long as their registry does.
 MAX_TASKS = 100_000
-FIRST_BUFFER = 1 << 17  # FUSE_MIN_READ_BUFFER is 8 KiB; requests here are small
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -114,25 +91,22 @@ async def serve(
     ops: pyfuse3.Operations,
     fuse_fd: int,
     *,
-    takeover: bool,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serves the connection until it is unmounted or the task is cancelled.
 
-    `takeover`: another process has served this connection and is dead. `task_status` is told
-    when requests are being answered. Neither unmounts nor closes `fuse_fd`. One call a process:
-    pyfuse3 keeps its session in module globals. Raises MountError if the connection is gone.
+    `task_status` is told when requests are being answered. Neither unmounts nor closes `fuse_fd`.
+    One call a process: pyfuse3 keeps its session in module globals. Raises MountError if the
+    connection is gone.
     """
-    resend = True if takeover else await trio.to_thread.run_sync(answer_init, fuse_fd)
     real_fd = os.dup(fuse_fd)
-    started = False
+    started = resend = False
 
     def init() -> None:
         nonlocal started, resend
         os.dup2(real_fd, fuse_fd)
         os.close(real_fd)
-        if takeover:
-            resend = request_resend(fuse_fd)
+        resend = request_resend(fuse_fd)
         # A request can be withdrawn between poll and read; then read must not block the loop. The
         # price, a main loop that starts again, needs the resend.
         os.set_blocking(fuse_fd, not resend)
@@ -174,43 +148,6 @@ def _is_only_eagain(exc: BaseException) -> bool:
     if isinstance(exc, BaseExceptionGroup):
         return all(_is_only_eagain(inner) for inner in exc.exceptions)
     return isinstance(exc, OSError) and exc.errno == errno.EAGAIN
-
-
-def answer_init(fuse_fd: int) -> bool:
-    """Waits for the kernel's FUSE_INIT and answers it. True if requests can be sent again.
-
-    Raises MountError if what comes is not FUSE_INIT.
-    """
-    os.set_blocking(fuse_fd, True)
-    try:
-        request = os.read(fuse_fd, FIRST_BUFFER)
-    except OSError as exc:
-        raise MountError(f"FUSE connection: {os.strerror(exc.errno or 0)}") from exc
-    length, opcode, unique, *_ = IN_HEADER.unpack_from(request)
-    if opcode != FUSE_INIT or length != len(request):
-        raise MountError(f"FUSE connection: expected FUSE_INIT, got request {opcode}")
-    major, minor, max_readahead, flags = INIT_IN.unpack_from(request, IN_HEADER.size)
-    if flags & FUSE_INIT_EXT:
-        (flags2,) = struct.unpack_from("<I", request, IN_HEADER.size + INIT_IN.size)
-        flags |= flags2 << 32
-    if major != 7:
-        raise MountError(f"FUSE connection: expected protocol 7, got {major}")
-    answer = INIT_OUT.pack(
-        7,
-        min(minor, MINOR),
-        max_readahead,
-        flags & WANTED,
-        MAX_BACKGROUND,
-        MAX_BACKGROUND * 3 // 4,
-        MAX_READ,
-        1,  # time granularity in nanoseconds
-        MAX_READ // 4096,
-        0,
-        0,
-        0,
-    )
-    os.write(fuse_fd, OUT_HEADER.pack(OUT_HEADER.size + len(answer), 0, unique) + answer)
-    return bool(flags & FUSE_HAS_RESEND)
 
 
 def request_resend(fuse_fd: int) -> bool:

@@ -64,7 +64,7 @@ async def run(settings: Settings, arguments: str) -> None:
 
 
 async def _serve_layers(node: Node, fuse_fd: int, scope: trio.CancelScope) -> None:
-    await serve(LayersOperations(node.layers), fuse_fd, takeover=True)
+    await serve(LayersOperations(node.layers), fuse_fd)
     log.warning("the layers mount is gone")
     scope.cancel()
 

@@ -34,7 +34,7 @@ async def _run(config: dict[str, Any]) -> None:
     operations = TreeOperations(image, config["devices"])
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_cancel_on_signal, nursery.cancel_scope)
-        await serve(operations, config["fuse_fd"], takeover=True)
+        await serve(operations, config["fuse_fd"])
         nursery.cancel_scope.cancel()
 
 

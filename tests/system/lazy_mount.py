@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import subprocess
@@ -12,30 +11,24 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from clipshim.mounts import syscalls
+from clipshim.node import fuse_connection
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from types import TracebackType
 
-MS_RDONLY, MS_NOSUID, MS_NODEV = 1, 2, 4
-MNT_DETACH = 2
 PATIENCE_S = 120.0
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class FuseMount:
     """Mounts a fresh FUSE connection; the connection lives as long as this object."""
 
-    def __init__(self, mountpoint: Path, *, options: str = "") -> None:
+    def __init__(self, mountpoint: Path) -> None:
         self.mountpoint = mountpoint
         mountpoint.mkdir()
-        self.fd = os.open("/dev/fuse", os.O_RDWR)
+        self.fd = fuse_connection.mount_fuse(str(mountpoint), nosuid=False)
         self.servers: list[subprocess.Popen[bytes]] = []
-        data = f"fd={self.fd},rootmode=40000,user_id=0,group_id=0{options}"
-        flags = MS_RDONLY | MS_NOSUID | MS_NODEV
-        if _libc.mount(b"test", bytes(mountpoint), b"fuse.test", flags, data.encode()):
-            number = ctypes.get_errno()
-            os.close(self.fd)
-            raise OSError(number, "mount: " + os.strerror(number))
 
     def __enter__(self) -> FuseMount:
         return self
@@ -56,13 +49,13 @@ class FuseMount:
 
     def unmount(self) -> None:
         """Takes the mount away, now or before."""
-        _libc.umount2(bytes(self.mountpoint), MNT_DETACH)
+        with contextlib.suppress(OSError):  # EINVAL: before
+            syscalls.umount2(str(self.mountpoint), syscalls.MNT_DETACH)
 
     def start(self, module: str, arguments: Sequence[str]) -> subprocess.Popen[bytes]:
-        """Starts `python -m module FUSE_FD first|takeover ARGUMENTS…`."""
-        how = "takeover" if self.servers else "first"
+        """Starts `python -m module FUSE_FD ARGUMENTS…`."""
         server = subprocess.Popen(
-            [sys.executable, "-m", module, str(self.fd), how, *arguments],
+            [sys.executable, "-m", module, str(self.fd), *arguments],
             pass_fds=[self.fd],
             cwd=Path(__file__).parent.parent.parent,
         )

@@ -1,6 +1,6 @@
 """A program that serves one made layer over an inherited /dev/fuse descriptor.
 
-    python lazy_server.py FUSE_FD takeover|first STORE SIZE FORM LOG
+    python lazy_server.py FUSE_FD STORE SIZE FORM LOG
 
 Appends "ready" to LOG when requests are answered, and one line a fetch. A stand-in for the node
 daemon's server in tests of the mount alone.
@@ -22,9 +22,7 @@ from clipshim.settings import Settings
 from tests.unit.lazy.layers import Form, MadeLayer, MadeSource
 
 
-async def main(
-    fuse_fd: int, *, takeover: bool, store_path: str, size: int, form: Form, log: str
-) -> None:
+async def main(fuse_fd: int, *, store_path: str, size: int, form: Form, log: str) -> None:
     layer = MadeLayer(size, form=form)
     source = MadeSource(layer)
     log_fd = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
@@ -41,7 +39,7 @@ async def main(
 
         async def run(task_status: trio.TaskStatus[None]) -> None:
             operations = LayersOperations(readers)
-            await serve(operations, fuse_fd, takeover=takeover, task_status=task_status)
+            await serve(operations, fuse_fd, task_status=task_status)
             nursery.cancel_scope.cancel()
 
         await nursery.start(run)
@@ -53,11 +51,10 @@ def _say(fd: int, line: str) -> None:
 
 
 if __name__ == "__main__":
-    _, fd_text, how, store_text, size_text, form_text, log_text = sys.argv
+    _, fd_text, store_text, size_text, form_text, log_text = sys.argv
     trio.run(
         lambda: main(
             int(fd_text),
-            takeover=how == "takeover",
             store_path=store_text,
             size=int(size_text),
             form=form_text,  # type: ignore[arg-type]

@@ -1,6 +1,6 @@
 """A program that serves a tree in mode fuse over an inherited /dev/fuse descriptor.
 
-python lazy_tree_server.py FUSE_FD takeover|first EROFS LOG LAYER…
+python lazy_tree_server.py FUSE_FD EROFS LOG LAYER…
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from clipshim.lazy.fuse_session import serve
 from clipshim.lazy.tree_fs import TreeOperations
 
 
-async def main(fuse_fd: int, *, takeover: bool, erofs: str, log: str, layers: list[str]) -> None:
+async def main(fuse_fd: int, *, erofs: str, log: str, layers: list[str]) -> None:
     fd = os.open(erofs, os.O_RDONLY)
     operations = TreeOperations(ErofsImage(mmap.mmap(fd, 0, prot=mmap.PROT_READ)), layers)
     os.close(fd)
     async with trio.open_nursery() as nursery:
 
         async def run(task_status: trio.TaskStatus[None]) -> None:
-            await serve(operations, fuse_fd, takeover=takeover, task_status=task_status)
+            await serve(operations, fuse_fd, task_status=task_status)
 
         await nursery.start(run)
         log_fd = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
@@ -33,11 +33,10 @@ async def main(fuse_fd: int, *, takeover: bool, erofs: str, log: str, layers: li
 
 
 if __name__ == "__main__":
-    _, fd_text, how, erofs_path, log_path, *layer_paths = sys.argv
+    _, fd_text, erofs_path, log_path, *layer_paths = sys.argv
     trio.run(
         lambda: main(
             int(fd_text),
-            takeover=how == "takeover",
             erofs=erofs_path,
             log=log_path,
             layers=layer_paths,

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 CAPABILITY = struct.pack("<IIIII", 0x02000001, 1 << 13, 0, 0, 0)  # cap_net_raw+ep
-OPTIONS = ",allow_other,default_permissions"
 
 
 def make_tar(path: Path) -> None:
@@ -98,7 +97,7 @@ class ServedTree:
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Iterator[ServedTree]:
-    with FuseMount(tmp_path / "mnt", options=OPTIONS) as mount:
+    with FuseMount(tmp_path / "mnt") as mount:
         served = ServedTree(mount, tmp_path)
         served.start()
         yield served

@@ -1,17 +1,15 @@
-"""The parts of a FUSE session that need no kernel: handlers and the answer to FUSE_INIT."""
+"""The parts of a FUSE session that need no kernel: handlers and the main loop."""
 
 from __future__ import annotations
 
 import errno
 import os
-import socket
-import struct
 
 import pyfuse3
 import pytest
 import trio
 
-from clipshim.errors import MountError, NotFoundError, RegistryError
+from clipshim.errors import NotFoundError, RegistryError
 from clipshim.lazy import fuse_session
 from clipshim.lazy.fuse_session import handler
 
@@ -66,48 +64,6 @@ class Cancelled:
     @handler
     async def read(self) -> None:
         await trio.sleep_forever()
-
-
-def init_request(*, major: int = 7, minor: int = 45, flags: int = 0xFFFFFFFF) -> bytes:
-    body = struct.pack("<IIII", major, minor, 1 << 17, flags) + struct.pack("<I", 1 << 7)
-    body += bytes(44)
-    header = struct.pack("<IIQQIIIHH", 40 + len(body), 26, 99, 0, 0, 0, 0, 0, 0)
-    return header + body
-
-
-def test_init_is_answered_with_our_limits() -> None:
-    ours, kernel = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with ours, kernel:
-        kernel.send(init_request())
-        assert fuse_session.answer_init(ours.fileno())
-        reply = kernel.recv(4096)
-    length, error, unique = struct.unpack_from("<IiQ", reply)
-    assert (length, error, unique) == (len(reply), 0, 99)
-    assert len(reply) == 16 + 64
-    fields = struct.unpack_from("<IIIIHHIIHH", reply, 16)
-    assert fields[:2] == (7, fuse_session.MINOR)
-    assert fields[3] == fuse_session.WANTED
-    assert fields[4] == fuse_session.MAX_BACKGROUND
-    assert fields[8] * 4096 == fuse_session.MAX_READ
-
-
-def test_an_old_kernel_is_answered_in_its_own_terms() -> None:
-    ours, kernel = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with ours, kernel:
-        kernel.send(init_request(minor=27, flags=fuse_session.FUSE_ASYNC_READ))
-        assert not fuse_session.answer_init(ours.fileno())
-        reply = kernel.recv(4096)
-    fields = struct.unpack_from("<IIII", reply, 16)
-    assert (fields[1], fields[3]) == (27, fuse_session.FUSE_ASYNC_READ)
-
-
-@pytest.mark.parametrize("request_", [init_request(major=8), b"\0" * 56])
-def test_what_is_not_our_protocol_is_refused(request_: bytes) -> None:
-    ours, kernel = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with ours, kernel:
-        kernel.send(request_)
-        with pytest.raises(MountError):
-            fuse_session.answer_init(ours.fileno())
 
 
 def test_a_kernel_without_resend_is_no_error(tmp_path: object) -> None:
