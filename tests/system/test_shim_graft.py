@@ -10,7 +10,7 @@ import os
 import shutil
 import signal
 import subprocess
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -76,6 +76,15 @@ class Engine:
         """A bundle for the merged directory."""
         return write_bundle(self.bundle, ["/bin/sh", "-c", script], rootfs=self.merged)
 
+    def write_annotated_bundle(self, script: str, clip: Path) -> dict[str, Any]:
+        """A bundle that names an index file in it; its configuration."""
+        self.write_bundle(script)
+        shutil.copy(clip, self.bundle / "it.clip")
+        config: dict[str, Any] = json.loads((self.bundle / "config.json").read_text())
+        config["annotations"] = {"io.clipshim.index": "it.clip"}
+        (self.bundle / "config.json").write_text(json.dumps(config))
+        return config
+
     def mounts(self) -> list[mountinfo.Mount]:
         """What is mounted at the merged directory."""
         return [m for m in mountinfo.read_mounts() if m.mount_point == str(self.merged)]
@@ -102,7 +111,9 @@ def runtime(node: Node, tmp_path: Path, engine: Engine) -> Iterator[Runtime]:
     assert list(node.run_dir.glob("*/lock")) == []
 
 
-@pytest.mark.parametrize("option", ["index=off", "volatile", "metacopy=on", "redirect_dir=on"])
+@pytest.mark.parametrize(
+    "option", ["index=off", "volatile", "metacopy=on", "redirect_dir=on", "userxattr"]
+)
 def test_a_graft_shows_all_layers_and_writes_into_the_engines_upper(
     option: str, engine: Engine, runtime: Runtime
 ) -> None:
@@ -118,6 +129,7 @@ def test_a_graft_shows_all_layers_and_writes_into_the_engines_upper(
     assert (engine.bundle / "config.json").read_text() == config
     (mount,) = engine.mounts()
     assert ("volatile" in " ".join(mount.super_options)) == (option == "volatile")
+    assert ("userxattr" in mount.super_options) == (option == "userxattr")
     runtime("delete", "box")
     (mount,) = engine.mounts()
     subprocess.run(["umount", engine.merged], check=True)
@@ -236,11 +248,7 @@ def test_an_image_that_is_named_takes_the_place_of_the_engines_layers(
     """What the container writes is the engine's, as its restarts and commits expect."""
     engine.mount("index=off")
     script = "ls /bin/busybox; ls -d /middle /top; cat /etc/passwd; echo new >/new"
-    engine.write_bundle(script)
-    shutil.copy(stub_clip, engine.bundle / "it.clip")
-    config = json.loads((engine.bundle / "config.json").read_text())
-    config["annotations"] = {"io.clipshim.index": "it.clip"}
-    (engine.bundle / "config.json").write_text(json.dumps(config))
+    config = engine.write_annotated_bundle(script, stub_clip)
     output = engine.bundle / "output"
     with open(output, "wb") as out:
         command = runtime.command("create", "-b", engine.bundle, "box")
@@ -264,12 +272,40 @@ def test_a_rootfs_that_a_person_mounted_stays_as_it_is(
     engine: Engine, runtime: Runtime, stub_clip: Path
 ) -> None:
     engine.mount("index=off")
-    engine.write_bundle("ls /bin/busybox; ls -d /top; echo new >/new")
-    shutil.copy(stub_clip, engine.bundle / "it.clip")
-    config = json.loads((engine.bundle / "config.json").read_text())
-    config["annotations"] = {"io.clipshim.index": "it.clip"}
-    (engine.bundle / "config.json").write_text(json.dumps(config))
+    engine.write_annotated_bundle("ls /bin/busybox; ls -d /top; echo new >/new", stub_clip)
     done = runtime("run", "-b", engine.bundle, "box", check=False)
     assert done.stdout == "/bin/busybox\n"
     assert not (engine.upper / "new").exists()
+    assert sorted(os.listdir(engine.merged)) == [".clip", "etc", "middle", "top"]
+
+
+@pytest.mark.parametrize("step", ["create-planned", "create-unmounted", "create-mounted"])
+def test_killed_with_an_image_that_is_named_the_next_create_works(
+    step: str, engine: Engine, runtime: Runtime, node: Node, stub_clip: Path
+) -> None:
+    engine.mount("index=off")
+    engine.write_annotated_bundle("true", stub_clip)
+    runtime.env = {**node.env, trace.TRACE_ENV: step}
+    done = runtime.quietly("create", "-b", engine.bundle, "box", check=False)
+    assert done.returncode == -signal.SIGKILL
+    runtime.env = node.env
+    if not engine.mounts():
+        engine.mount("index=off")  # as an engine does before it starts a container again
+    runtime.quietly("create", "-b", engine.bundle, "box")
+    assert len(engine.mounts()) == 1
+    runtime("delete", "--force", "box")
+
+
+def test_a_failed_create_with_an_image_that_is_named_puts_the_engines_overlay_back(
+    engine: Engine, runtime: Runtime, stub_clip: Path
+) -> None:
+    engine.mount("index=off")
+    (before,) = engine.mounts()
+    engine.write_annotated_bundle("true", stub_clip)
+    config = json.loads((engine.bundle / "config.json").read_text())
+    config["process"]["args"] = ["/nowhere"]
+    (engine.bundle / "config.json").write_text(json.dumps(config))
+    assert runtime.quietly("create", "-b", engine.bundle, "box", check=False).returncode == 1
+    (after,) = engine.mounts()
+    assert (after.fstype, after.options) == (before.fstype, before.options)
     assert sorted(os.listdir(engine.merged)) == [".clip", "etc", "middle", "top"]

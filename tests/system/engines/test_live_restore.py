@@ -155,6 +155,22 @@ def test_everything_dies_at_once(docker: Docker, sleeper: str) -> None:
     works(docker, sleeper)
 
 
+def test_a_restart_policy(docker: Docker, tmp_path: Path) -> None:
+    """Docker starts the container again by itself, on what it has written before."""
+    script = "echo again >>/count; exit 1"
+    name = docker("run", "-d", "--restart=on-failure:2", IMAGE, "sh", "-c", script)
+    try:
+        form = "{{.State.Status}} {{.State.ExitCode}} {{.RestartCount}}"
+        wait_for(
+            "the last try has ended", lambda: docker("inspect", "-f", form, name) == "exited 1 2"
+        )
+        docker("cp", f"{name}:/count", tmp_path / "count")
+        assert (tmp_path / "count").read_text() == "again\n" * 3
+    finally:
+        docker("rm", "-f", name)
+    no_mount_is_left(docker)
+
+
 def test_a_task_of_containerd_outlives_it(docker: Docker) -> None:
     containerd = docker.containerd
     name = "outlives"
