@@ -46,8 +46,6 @@ COMMANDS = {
     "install": "install_command",
     "uninstall": "uninstall_command",
 }
-# Commands that pass what follows `--` on to a program.
-TAKES_ARGUMENTS = {"bundle"}
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 

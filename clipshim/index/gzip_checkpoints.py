@@ -33,7 +33,6 @@ Z_NO_FLUSH = 0  # zlib.h
 Z_BLOCK = 5
 Z_OK = 0
 Z_STREAM_END = 1
-Z_NEED_DICT = 2
 Z_BUF_ERROR = -5
 _GZIP_ONLY = 16 + 15  # inflateInit2: gzip wrapper, 32 KiB window
 _AT_BLOCK_END = 128  # inflate's data_type

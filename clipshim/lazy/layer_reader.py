@@ -87,16 +87,6 @@ class LayerReader:
         self._sources.append(source)
         self._denied = None
 
-    def remove_source(self, source: SpanSource) -> None:
-        """No further fetches from here."""
-        if source in self._sources:
-            self._sources.remove(source)
-
-    @property
-    def sources(self) -> list[SpanSource]:
-        """Where bytes come from."""
-        return list(self._sources)
-
     @property
     def is_busy(self) -> bool:
         """Whether something is being fetched, for readers or ahead of them."""

@@ -10,7 +10,7 @@ import errno
 import hashlib
 import os
 import stat
-from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol
 
 import pyfuse3
 
@@ -50,43 +50,6 @@ class LayerDirectory(Protocol):
     async def by_inode(self, inode: int) -> LayerFile | None: ...
 
     def names(self) -> list[str]: ...
-
-
-Reader = TypeVar("Reader", bound=LayerFile)
-
-
-class LayerReaders(Generic[Reader]):
-    """A LayerDirectory of what was added to it."""
-
-    def __init__(self) -> None:
-        self._by_name: dict[str, Reader] = {}
-        self._by_inode: dict[int, Reader] = {}
-
-    def add(self, reader: Reader) -> None:
-        """Shows the reader's layer; another one of the same name is replaced."""
-        self._by_name[reader.key] = reader
-        self._by_inode[layer_inode(reader.key)] = reader
-
-    def remove(self, key: str) -> None:
-        """Hides a layer; reads that are under way end normally."""
-        self._by_name.pop(key, None)
-        self._by_inode.pop(layer_inode(key), None)
-
-    def get(self, key: str) -> Reader | None:
-        """The reader of a layer."""
-        return self._by_name.get(key)
-
-    def names(self) -> list[str]:
-        """All keys."""
-        return list(self._by_name)
-
-    async def by_name(self, key: str) -> Reader | None:
-        """See LayerDirectory."""
-        return self._by_name.get(key)
-
-    async def by_inode(self, inode: int) -> Reader | None:
-        """See LayerDirectory."""
-        return self._by_inode.get(inode)
 
 
 class LayersOperations(pyfuse3.Operations):

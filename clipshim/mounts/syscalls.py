@@ -17,22 +17,13 @@ MS_RDONLY = 0x1  # linux/mount.h
 MS_NOSUID = 0x2
 MS_NODEV = 0x4
 MS_NOEXEC = 0x8
-MS_REMOUNT = 0x20
 MS_NOATIME = 0x400
 MS_BIND = 0x1000
-MS_MOVE = 0x2000
-MS_REC = 0x4000
-MS_PRIVATE = 0x40000
-MS_SLAVE = 0x80000
-MS_SHARED = 0x100000
-MS_RELATIME = 0x200000
 
-MNT_FORCE = 0x1  # linux/fs.h
-MNT_DETACH = 0x2
+MNT_DETACH = 0x2  # linux/fs.h
 UMOUNT_NOFOLLOW = 0x8
 
 AT_FDCWD = -100  # fcntl.h
-AT_SYMLINK_NOFOLLOW = 0x100
 AT_EMPTY_PATH = 0x1000
 AT_RECURSIVE = 0x8000
 
@@ -44,34 +35,24 @@ FSOPEN_CLOEXEC = 0x1
 FSMOUNT_CLOEXEC = 0x1
 FSCONFIG_SET_FLAG = 0
 FSCONFIG_SET_STRING = 1
-FSCONFIG_SET_FD = 5
 FSCONFIG_CMD_CREATE = 6
-FSCONFIG_CMD_RECONFIGURE = 7
 MOUNT_ATTR_RDONLY = 0x1
 MOUNT_ATTR_NOSUID = 0x2
 MOUNT_ATTR_NODEV = 0x4
 MOUNT_ATTR_NOEXEC = 0x8
 MOUNT_ATTR_NOATIME = 0x10
-MOUNT_ATTR_NODIRATIME = 0x80
 
-RESOLVE_NO_XDEV = 0x1  # linux/openat2.h
-RESOLVE_NO_MAGICLINKS = 0x2
+RESOLVE_NO_MAGICLINKS = 0x2  # linux/openat2.h
 RESOLVE_NO_SYMLINKS = 0x4
 RESOLVE_BENEATH = 0x8
 RESOLVE_IN_ROOT = 0x10
 
-CLONE_NEWNS = 0x20000  # linux/sched.h
-
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-PR_SET_CHILD_SUBREAPER = 36
-PR_GET_CHILD_SUBREAPER = 37
 
 OVERLAYFS_SUPER_MAGIC = 0x794C7630  # linux/magic.h
 TMPFS_MAGIC = 0x01021994
 RAMFS_MAGIC = 0x858458F6
-FUSE_SUPER_MAGIC = 0x65735546
 EROFS_SUPER_MAGIC_V1 = 0xE0F5E1E2
-PROC_SUPER_MAGIC = 0x9FA0
 
 _NR_OPEN_TREE = 428
 _NR_MOVE_MOUNT = 429
@@ -118,8 +99,6 @@ _libc.mount.argtypes = (
     ctypes.c_char_p,
 )
 _libc.umount2.argtypes = (ctypes.c_char_p, ctypes.c_int)
-_libc.setns.argtypes = (ctypes.c_int, ctypes.c_int)
-_libc.unshare.argtypes = (ctypes.c_int,)
 _libc.statfs.argtypes = (ctypes.c_char_p, ctypes.POINTER(_Statfs))
 _libc.fstatfs.argtypes = (ctypes.c_int, ctypes.POINTER(_Statfs))
 _libc.prctl.argtypes = (
@@ -225,14 +204,6 @@ def fsconfig_flag(fs_fd: int, key: str) -> None:
         _fail("fsconfig", key, context_log(fs_fd))
 
 
-def fsconfig_fd(fs_fd: int, key: str, value_fd: int) -> None:
-    """fsconfig(2) with FSCONFIG_SET_FD; overlayfs takes layers so from Linux 6.13 on."""
-    if _syscall(
-        _NR_FSCONFIG, _int(fs_fd), _uint(FSCONFIG_SET_FD), _str(_bytes(key)), None, _int(value_fd)
-    ):
-        _fail("fsconfig", f"{key}=fd {value_fd}", context_log(fs_fd))
-
-
 def fsconfig_create(fs_fd: int) -> None:
     """fsconfig(2) with FSCONFIG_CMD_CREATE: makes the superblock."""
     if _syscall(_NR_FSCONFIG, _int(fs_fd), _uint(FSCONFIG_CMD_CREATE), None, None, _int(0)):
@@ -311,18 +282,6 @@ def fs_type(path_or_fd: "str | bytes | int") -> int:
     elif _libc.statfs(_bytes(path_or_fd), ctypes.byref(buffer)):
         _fail("statfs", os.fsdecode(path_or_fd))
     return int(buffer.f_type) & 0xFFFFFFFF
-
-
-def setns(fd: int, kind: int = 0) -> None:
-    """setns(2)."""
-    if _libc.setns(fd, kind):
-        _fail("setns", f"fd {fd}")
-
-
-def unshare(flags: int) -> None:
-    """unshare(2)."""
-    if _libc.unshare(flags):
-        _fail("unshare")
 
 
 def prctl(option: int, argument: "Any" = 0) -> None:

@@ -166,10 +166,6 @@ class LayerDirectory:
         """Layers whose index is open."""
         return sum(layer.reader is not None for layer in self._by_name.values())
 
-    def of_image(self, image_id: str) -> list[ShownLayer]:
-        """The layers of an image that is shown, in no order."""
-        return [layer for layer in self._by_name.values() if image_id in layer.providers]
-
     def readers(self) -> list[LayerReader]:
         """The layers in use."""
         return [layer.reader for layer in self._by_name.values() if layer.reader is not None]

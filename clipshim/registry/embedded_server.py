@@ -13,7 +13,6 @@ import json
 import os
 import re
 import threading
-from dataclasses import dataclass
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any, cast
@@ -32,14 +31,6 @@ if TYPE_CHECKING:
 COPY_BYTES = 256 << 10
 _PATH = re.compile(r"/v2/(?P<name>[a-z0-9/._-]+)/(?P<kind>manifests|blobs)/(?P<version>[^/?]+)")
 _RANGE = re.compile(r"bytes=(\d{1,19})-(\d{1,19})?")
-
-
-@dataclass(frozen=True, slots=True)
-class ServedImage:
-    """One layout under one repository name. Any tag leads to its image."""
-
-    name: str
-    image: LocalImage
 
 
 class EmbeddedRegistry:

@@ -50,14 +50,6 @@ class Reference:
         """Registry and repository."""
         return f"{self.registry}/{self.repository}"
 
-    def with_digest(self, digest: str) -> Reference:
-        """The same repository, this digest and no tag."""
-        return Reference(self.registry, self.repository, None, check_digest(digest))
-
-    def with_tag(self, tag: str) -> Reference:
-        """The same repository, this tag and no digest."""
-        return Reference(self.registry, self.repository, tag, None)
-
     def __str__(self) -> str:
         """The canonical form."""
         text = self.name

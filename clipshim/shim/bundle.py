@@ -46,12 +46,6 @@ class Bundle:
         return os.path.normpath(os.path.join(self.path, self.root_path)) if self.root_path else ""
 
     @property
-    def is_readonly(self) -> bool:
-        """Whether the container gets its root read-only (by a remount, which is runc's)."""
-        root = self.config.get("root")
-        return isinstance(root, dict) and root.get("readonly") is True
-
-    @property
     def maps_users(self) -> bool:
         """Whether the container's users are others on the host (a user namespace)."""
         linux = self.config.get("linux")

@@ -17,9 +17,25 @@ from clipshim.lazy.fetching import Fetching
 from clipshim.lazy.fuse_session import serve
 from clipshim.lazy.layer_reader import LayerReader
 from clipshim.lazy.layer_store import LayerStore
-from clipshim.lazy.layers_fs import LayerReaders, LayersOperations
+from clipshim.lazy.layers_fs import LayersOperations, layer_inode
 from clipshim.settings import Settings
 from tests.unit.lazy.layers import Form, MadeLayer, MadeSource
+
+
+class OneLayer:
+    """A layers_fs.LayerDirectory of one layer."""
+
+    def __init__(self, reader: LayerReader) -> None:
+        self._reader = reader
+
+    async def by_name(self, key: str) -> LayerReader | None:
+        return self._reader if key == self._reader.key else None
+
+    async def by_inode(self, inode: int) -> LayerReader | None:
+        return self._reader if inode == layer_inode(self._reader.key) else None
+
+    def names(self) -> list[str]:
+        return [self._reader.key]
 
 
 async def main(fuse_fd: int, *, store_path: str, size: int, form: Form, log: str) -> None:
@@ -29,16 +45,14 @@ async def main(fuse_fd: int, *, store_path: str, size: int, form: Form, log: str
     source.before = lambda start: _say(log_fd, f"fetch {start}")
     settings = Settings({"cache_bytes": 1 << 30})
     store = LayerStore(store_path, limit_bytes=settings.cache_bytes)
-    readers: LayerReaders[LayerReader] = LayerReaders()
     async with trio.open_nursery() as nursery:
         fetching = Fetching(nursery, settings)
         stored = store.open(layer.info, layer.table)
         reader = LayerReader(layer.info, layer.table, stored, fetching)
         reader.add_source(source)
-        readers.add(reader)
 
         async def run(task_status: trio.TaskStatus[None]) -> None:
-            operations = LayersOperations(readers)
+            operations = LayersOperations(OneLayer(reader))
             await serve(operations, fuse_fd, task_status=task_status)
             nursery.cancel_scope.cancel()
 
