@@ -129,6 +129,9 @@ def _connect(path: str, deadline: float) -> socket:
         raise NoDaemonError(
             f"node daemon: nobody listens at {path}", hint="start it with: clipshim daemon"
         ) from exc
+    except BlockingIOError as exc:  # unix(7): the queue of the listening socket is full
+        connection.close()
+        raise _InterruptedReplyError("too many clients are waiting") from exc
     except BaseException:
         connection.close()
         raise
