@@ -140,11 +140,16 @@ class LayerFiles:
 
     def punch(self, offset: int, size: int) -> None:
         """Gives the disk space of a range of the data back."""
-        with contextlib.suppress(FileNotFoundError), self._files.using(self.data_path) as fd:
-            mode = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
-            if size and _libc.fallocate(fd, mode, offset, size):
-                number = ctypes.get_errno()
-                log.warning("%s: fallocate: %s", self.data_path, os.strerror(number))
+        try:
+            with self._files.using(self.data_path) as fd:
+                mode = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
+                if size and _libc.fallocate(fd, mode, offset, size):
+                    number = ctypes.get_errno()
+                    log.warning("%s: fallocate: %s", self.data_path, os.strerror(number))
+        except FileNotFoundError:
+            return
+        except OSError as exc:  # out of descriptors: the space comes back with the layer's file
+            log.warning("%s: %s", self.data_path, exc.strerror)
 
     def forget(self) -> None:
         """The descriptors are not needed for now."""

@@ -263,7 +263,8 @@ class StoredLayer:
                     self._clear(span)
                 self._suspects.discard(span)
                 if not self._suspects:  # from now on this boot's page cache is the truth
-                    self._files.write_boot(clean=False, durable=False)
+                    with contextlib.suppress(OSError):  # full: then the next server checks again
+                        self._files.write_boot(clean=False, durable=False)
         return good
 
     # -- writing
@@ -333,25 +334,27 @@ class StoredLayer:
         """Gives back the disk space of spans, but of those being written. Returns bytes freed."""
         freed = 0
         victims = []
-        with self._lock:
-            if self.pins or self._closed:
-                return 0
-            self._unclean()
-            self._incomplete()
-            for span in spans:
-                if span not in self._writing and self._bits[span >> 3] >> (span & 7) & 1:
-                    self._changes += 1
-                    self._clear(span)
-                    self._suspects.discard(span)
-                    self._punching.add(span)
-                    victims.append(span)
-            self._generation += 1
-        for span in victims:
-            size = self.spans[span].uncompressed_size
-            self._files.punch(self._starts[span], size)
-            freed += size
-        with self._lock:
-            self._punching.difference_update(victims)
+        try:
+            with self._lock:
+                if self.pins or self._closed:
+                    return 0
+                self._unclean()
+                self._incomplete()
+                for span in spans:
+                    if span not in self._writing and self._bits[span >> 3] >> (span & 7) & 1:
+                        self._changes += 1
+                        self._punching.add(span)
+                        victims.append(span)
+                        self._clear(span)
+                        self._suspects.discard(span)
+                self._generation += 1
+            for span in victims:
+                size = self.spans[span].uncompressed_size
+                self._files.punch(self._starts[span], size)
+                freed += size
+        finally:  # a bitmap that cannot be written must not keep a span from being put again
+            with self._lock:
+                self._punching.difference_update(victims)
         return freed
 
     def present(self) -> list[int]:

@@ -420,3 +420,50 @@ def test_leftovers_without_data_are_swept(tmp_path: Path) -> None:
     store = open_store(tmp_path)
     assert store.keys() == []
     assert os.listdir(store.directory) == []
+
+
+def test_an_eviction_that_fails_keeps_no_span_from_being_put_again(
+    tmp_path: Path, layer: MadeLayer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(tmp_path)
+    stored = store.open(layer.info, layer.table)
+    put(stored, layer, 0, 1)
+
+    def broken(*_: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("clipshim.lazy.layer_files.os.pwrite", broken)
+        with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+            stored.evict([0, 1])
+    stored.evict([0, 1])
+    put(stored, layer, 0, 1)
+    assert read_span(stored, layer, 0) == span_bytes(layer, 0)
+    assert store.statistics().used_bytes == 2 * SPAN
+    store.close()
+
+
+def test_a_span_that_cannot_be_taken_back_is_put_later(
+    tmp_path: Path, layer: MadeLayer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Out of descriptors while a write is undone."""
+    store = open_store(tmp_path)
+    stored = store.open(layer.info, layer.table)
+    put(stored, layer, 0)
+
+    def none_left(*_: object) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    def write_half() -> None:
+        with monkeypatch.context() as patch, stored.writing(1) as writer:
+            writer.write(b"half")
+            store.files.close()
+            patch.setattr("clipshim.lazy.open_files.os.open", none_left)
+            writer.commit()
+
+    with pytest.raises(StoreError, match="missing"):
+        write_half()
+    assert store.statistics().used_bytes == SPAN
+    put(stored, layer, 1)
+    assert read_span(stored, layer, 1) == span_bytes(layer, 1)
+    store.close()
