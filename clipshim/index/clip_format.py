@@ -353,7 +353,7 @@ class ClipFile:
                 raise self._bad(f"section {name.decode()}: unknown compression {code}")
             most = stored_size if compression == "none" else _most_raw(stored_size)
             least = stored_size if compression == "none" else 1
-            if not least <= raw_size <= most:
+            if not least <= raw_size <= most or stored_size > _most_stored(raw_size):
                 raise self._bad(f"section {name.decode()}: sizes contradict each other")
             yield Section(name.decode(), offset, stored_size, raw_size, sha256, compression)
 
@@ -363,6 +363,11 @@ class ClipFile:
 
 def _most_raw(stored_size: int) -> int:
     return (1 << 20) + _MAX_RATIO * stored_size
+
+
+def _most_stored(raw_size: int) -> int:
+    """More than zstd makes of bytes that it cannot compress: what is larger is no frame of it."""
+    return raw_size + (raw_size >> 7) + 1024
 
 
 def _unlink_quietly(path: str) -> None:

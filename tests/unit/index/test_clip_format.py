@@ -200,6 +200,22 @@ def test_a_bomb_is_refused_before_it_is_unpacked(tmp_path: Path) -> None:
         ClipFile.open(forge(tmp_path / "f", rows, bomb))
 
 
+def test_a_large_section_that_claims_to_unpack_to_little_is_not_read(tmp_path: Path) -> None:
+    """A sparse file of terabytes is small on the disk, and not when it is read."""
+    start, size = HEADER.size + ROW.size, 1 << 20
+    path = forge(tmp_path / "f", [(b"image", start, size, 1000, 1, bytes(32))], bytes(size))
+    with pytest.raises(IndexFormatError, match="contradict"):
+        ClipFile.open(path)
+
+
+@pytest.mark.parametrize("size", [1, 1000, 1 << 20])
+def test_what_cannot_be_compressed_comes_back(tmp_path: Path, size: int) -> None:
+    noise = random.Random(5).randbytes(size)
+    write_clip(tmp_path / "a.clip", [("tree", noise, "zstd")])
+    with ClipFile.open(tmp_path / "a.clip") as clip:
+        assert clip.section("tree") == noise
+
+
 @pytest.mark.parametrize("rest", [b"x", bytes(8), zstandard.compress(b"more")])
 def test_bytes_after_a_sections_frame_are_refused(tmp_path: Path, rest: bytes) -> None:
     stored = zstandard.compress(IMAGE) + rest
@@ -218,7 +234,7 @@ def test_a_section_that_unpacks_to_another_size_is_refused(tmp_path: Path, decla
     start = HEADER.size + ROW.size
     digest = hashlib.sha256(bomb).digest()
     path = forge(tmp_path / "f", [(b"tree", start, len(bomb), declared, 1, digest)], bomb)
-    with ClipFile.open(path) as clip, pytest.raises(IndexFormatError):
+    with pytest.raises(IndexFormatError), ClipFile.open(path) as clip:
         clip.section("tree")
 
 
