@@ -264,7 +264,7 @@ class _DockerArchive:
             )
         try:
             entries = json.loads(_read(found, MAX_MANIFEST_BYTES))
-        except ValueError as exc:
+        except (ValueError, RecursionError) as exc:
             raise RegistryError(f"image {self._image}: manifest.json: {exc}") from exc
         if not isinstance(entries, list) or not all(isinstance(item, dict) for item in entries):
             raise RegistryError(f"image {self._image}: manifest.json: expected a list")

@@ -195,7 +195,7 @@ def _error_text(reply: Reply) -> str:
             for item in errors[:3]
             if isinstance(item, dict)
         )
-    except (urllib3.exceptions.HTTPError, OSError, ValueError, KeyError, TypeError):
+    except (urllib3.exceptions.HTTPError, OSError, ValueError, KeyError, TypeError, RecursionError):
         return ""
     words = "".join(char if char.isprintable() else " " for char in words)[:200]
     return f": {words}" if words else ""
@@ -204,11 +204,11 @@ def _error_text(reply: Reply) -> str:
 def _retry_after_s(value: str | None) -> float | None:
     if not value:
         return None
-    if value.strip().isdigit():
-        return float(value.strip())
     try:
+        if value.strip().isdigit():
+            return float(value.strip())
         return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         return None
 
 

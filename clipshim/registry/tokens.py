@@ -239,7 +239,7 @@ def _parse_token(answer: bytes, asked_at: float, host: str) -> Grant:
         document = json.loads(answer)
         token = document.get("token") or document.get("access_token")
         life = float(document.get("expires_in") or DEFAULT_TOKEN_LIFE_S)
-    except (ValueError, AttributeError, TypeError):
+    except (ValueError, AttributeError, TypeError, RecursionError):
         token, life = None, 0.0
     if not isinstance(token, str) or not token or not re.fullmatch(r"[\x21-\x7e]+", token):
         raise AttemptFailed(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import tarfile
 from typing import TYPE_CHECKING, Any
@@ -17,8 +18,9 @@ from clipshim.registry.manifests import choose_platform, parse_manifest
 from clipshim.registry.mirrors import Endpoint
 from clipshim.registry.platforms import Platform, platform_of, rank
 from clipshim.registry.references import parse_reference
+from clipshim.registry.replies import _retry_after_s
 from clipshim.registry.sources import open_source
-from clipshim.registry.tokens import Authorizer, parse_challenges
+from clipshim.registry.tokens import Authorizer, _parse_token, parse_challenges
 from tests.unit.registry.layouts import Layout, docker_archive, layer_tar
 
 if TYPE_CHECKING:
@@ -164,3 +166,22 @@ def test_a_docker_archive_with_a_broken_list_is_an_error(tmp_path: Path, entries
                 platform=None,
                 access=RegistryAccess(anonymous=True),
             )
+
+
+@pytest.mark.parametrize("value", ["\u00b2", "9" * 5000, "Fri, 99 Foo", "Mon, 01 Jan 99999"])
+def test_a_wish_that_is_no_time_is_none_or_a_long_one(value: str) -> None:
+    found = _retry_after_s(value)
+    assert found is None or found > 0
+
+
+def test_json_that_is_too_deep_is_an_error(tmp_path: Path) -> None:
+    deep = b"[" * 200_000
+    with pytest.raises(AttemptFailed):
+        _parse_token(deep, 0.0, "r.io")
+    path = tmp_path / "deep.tar"
+    with tarfile.open(path, "w") as archive:
+        info = tarfile.TarInfo("manifest.json")
+        info.size = len(deep)
+        archive.addfile(info, io.BytesIO(deep))
+    with pytest.raises(ClipError):
+        open_source(f"docker-archive:{path}", platform=None, access=RegistryAccess(anonymous=True))
