@@ -115,6 +115,7 @@ def command(
         _path,
         index,
     ):
+        _check_origin(index)
         stub = build(index, reading)
         label = name or engine_load.stub_name(index.reference)
         facts: dict[str, Any] = {"image": index.reference, "size": stub.size, "name": label}
@@ -132,6 +133,18 @@ def command(
     elif not quiet:
         print_note(f"a stub of {human_size(facts['size'])} stands for {facts['image']}")
         print_fields([(key, value) for key, value in facts.items() if key not in ("image", "size")])
+
+
+def _check_origin(index: Index) -> None:
+    """Refuses what no container could start from: a node opens no local path for a container."""
+    from clipshim.registry.references import Reference, parse_image
+
+    if not index.has_blobs and not isinstance(parse_image(index.reference), Reference):
+        raise UsageError(
+            f"stub of {index.reference}: containers fetch from registries only",
+            hint="push the image to one, or make the stub of an index with data: "
+            f"clipshim index --embed {index.reference} FILE.clip",
+        )
 
 
 def build(index: Index, access: RegistryAccess) -> StubImage:

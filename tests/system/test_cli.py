@@ -303,6 +303,14 @@ def test_a_stub_needs_somewhere_to_go(node: Node, debian_clip: Path) -> None:
     assert "TARGET" in failure(node, "stub", debian_clip, code=2)
 
 
+def test_a_stub_of_local_files_needs_their_data_in_its_index(node: Node, tiny: Image) -> None:
+    image, archive, clip = f"oci:{tiny.layout}", node.directory / "s", node.directory / "e.clip"
+    assert "--embed" in failure(node, "stub", image, "-o", archive, code=2)
+    node.clipshim("index", "--embed", image, clip)
+    node.clipshim("stub", clip, "-o", archive)
+    assert archive.exists()
+
+
 def test_status_tells_of_the_daemon(node: Node, debian_clip: Path) -> None:
     assert document(node, "status") == {"running": False}
     assert "not running" in node.clipshim("status").stdout
