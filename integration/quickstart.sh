@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# From a fresh Debian or Ubuntu machine to a container that starts before its image is there.
+# From a fresh machine (Debian 12, Ubuntu 24.04 or newer) to a container that starts before its
+# image is there.
 #
 #   sudo ./integration/quickstart.sh            a small real image from a registry of its own
 #   sudo ./integration/quickstart.sh IMAGE      the same with an image of yours
@@ -134,6 +135,9 @@ install_packages() {
 }
 
 install_clipshim() {
+    /usr/bin/python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+        die "needs Python 3.11 or newer, as in Debian 12 and Ubuntu 24.04; this machine has" \
+            "$(/usr/bin/python3 -V)"
     # Again only when the code has changed.
     local stamp
     stamp=$(cd "$checkout" && find clipshim hatch_build.py pyproject.toml -type f \
