@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Runs lint, types, unit and system tests on a Debian or Ubuntu machine, and does all the set-up:
-# apt packages that are missing, a virtual environment in .venv from the lock files, and the
-# product installed in it from a wheel, so that the tests import what a user would install.
+# Runs lint, types, unit and system tests on a machine with Debian 12, Ubuntu 24.04 or newer, and
+# does all the set-up: apt packages that are missing, a virtual environment in .venv from the lock
+# files, and the product installed in it from a wheel, so that the tests import what a user would
+# install.
 #
 #   sudo ./tests/run.sh                       everything
 #   sudo ./tests/run.sh tests/unit -k tar     arguments go to pytest
@@ -15,7 +16,7 @@ set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 TEST_PACKAGES=(
-    attr buildah build-essential busybox-static ca-certificates conmon containerd criu crun curl
+    attr buildah build-essential busybox-static ca-certificates conmon containerd crun curl
     debootstrap docker-compose docker-registry docker.io erofs-utils fuse-overlayfs fuse3 git
     iproute2 isal jq libarchive-tools libcap2-bin libfuse3-dev pigz pkg-config podman procps psmisc
     python3-dev python3-venv python3-yaml runc skopeo strace tini umoci zstd
