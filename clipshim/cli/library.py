@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from clipshim.cli.daemon_calls import call_for_tree, release
 from clipshim.cli.images import destination, finish, path_of
 from clipshim.errors import MountError, UsageError
-from clipshim.mounts import mountinfo, syscalls
+from clipshim.mounts import mountinfo, overlay, syscalls
 from clipshim.settings import load_settings
 
 if TYPE_CHECKING:
@@ -150,23 +150,12 @@ class OverlayMounter:
             for name in ("lower", "upper", "work"):
                 (self._state / name).mkdir(parents=True, exist_ok=True)
             undo.enter_context(mount_index(self._index, self._state / "lower", mode=self._mode))
-            options = ",".join(
-                f"{option}={_escaped(self._state / name)}"
-                for option, name in (
-                    ("lowerdir", "lower"), ("upperdir", "upper"), ("workdir", "work"),
-                )
-            )  # fmt: skip
+            lower, upper, work = (str(self._state / name) for name in ("lower", "upper", "work"))
+            plan = overlay.OverlayPlan(str(self._directory), [lower], upper=upper, work=work)
             try:
-                # index=off: an upper used again with another mount of the tree would be refused
-                syscalls.mount(
-                    "overlay", str(self._directory), "overlay", 0,
-                    f"{options},index=off,metacopy=off",
-                )  # fmt: skip
-            except OSError as exc:
-                raise MountError(
-                    f"overlay at {self._directory}: {exc}",
-                    hint="state must lie on ext4, xfs or btrfs",
-                ) from exc
+                plan.execute()
+            except MountError as exc:
+                raise MountError(exc.message, hint="state must lie on ext4, xfs or btrfs") from exc
             undo.callback(_unmount, str(self._directory))
             self._undo = undo.pop_all()
         return self._directory
@@ -196,12 +185,6 @@ def _unmount(target: str) -> None:
             hint = "a program is using it: see `fuser -vm DIR`" if busy else None
             raise MountError(f"{target}: {exc}", hint=hint) from exc
         return
-
-
-def _escaped(path: Path) -> str:
-    """A path inside overlayfs's option string (kernel overlayfs.rst)."""
-    text = str(path).replace("\\", "\\\\")
-    return text.replace(",", "\\,").replace(":", "\\:")
 
 
 def _is_mount_point(path: str) -> bool:
