@@ -107,7 +107,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     if session.config.option.collectonly or os.geteuid() != 0:
         return
     root = Path(os.environ["CLIPSHIM_TEST_ROOT"])
-    left = leftovers.wait_until_gone(root, deadline_s=30)
+    left = leftovers.wait_until_gone(root, deadline_s=120)  # only what leaks takes that long
     session.config.stash[_LEAKS] = left.lines()
     if left.lines() and exitstatus in (0, 5):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
