@@ -10,21 +10,25 @@ import hashlib
 import os
 import stat
 import time
+from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
 from clipshim.errors import DigestError, UsageError
 from clipshim.index.erofs_read import ErofsImage
-from clipshim.index.span_decode import decode_span
+from clipshim.index.span_decode import decode_group
 from clipshim.registry.blobs import BlobReader, locate_blob
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from clipshim.index.model import Index
     from clipshim.registry.access import RegistryAccess
 
 MAX_FILE_BYTES = 4 << 20  # a passwd file of 40,000 accounts; more is no passwd file
 MAX_ENTRIES = 200
 MAX_LINKS = 40  # what the kernel follows
-DEADLINE_S = 120.0
+DEADLINE_S = 120.0  # of one piece
+PIECE_BYTES = 4 << 20
 
 
 class FileEntry(NamedTuple):
@@ -218,12 +222,14 @@ class ImageFiles:
         known = self._spans.get((layer, number))
         if known is not None:
             return known
-        span = self._index.span_table(layer)[number]
-        compressed = self._fetch(layer, span.compressed_offset, span.compressed_size)
+        table = self._index.span_table(layer)
+        span = table[number]
         window = self._index.window(layer, span) if span.window is not None else None
-        data = decode_span(
-            span.kind, span.bits, window, compressed, span.uncompressed_size, span.skip
-        )
+        # of a range that many spans share, as one large zstd frame, no more than leads to this one
+        sizes = [table[i].uncompressed_size for i in range(table.group(number).start, number + 1)]
+        pieces = self._pieces(layer, span.compressed_offset, span.compressed_size)
+        decoded = decode_group(span.kind, span.bits, window, pieces, sizes)
+        (data,) = deque(decoded, maxlen=1)  # the last one, without keeping the others
         found = hashlib.sha256(data).digest()
         if found != span.digest:
             raise DigestError(
@@ -233,6 +239,10 @@ class ImageFiles:
             )
         self._spans[(layer, number)] = data
         return data
+
+    def _pieces(self, layer: int, start: int, length: int) -> Iterator[bytes]:
+        for done in range(0, length, PIECE_BYTES):
+            yield self._fetch(layer, start + done, min(PIECE_BYTES, length - done))
 
     def _fetch(self, layer: int, start: int, length: int) -> bytes:
         if self._index.has_blobs:

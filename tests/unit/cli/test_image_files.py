@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import random
 import tarfile
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import pytest
+import zstandard
 
+from clipshim.cli import image_files
 from clipshim.cli.image_files import ImageFiles
 from clipshim.errors import DigestError, UsageError
 from clipshim.index.builder import BuildOptions, build_index
@@ -40,14 +43,14 @@ class OneLayer:
     reference = "localhost/test:1"
     platform = "linux/amd64"
 
-    def __init__(self, layer: bytes) -> None:
-        digest = f"sha256:{hashlib.sha256(layer).hexdigest()}"
-        self._layer = layer
-        self.layers = [
-            LayerDescriptor(digest, len(layer), "application/vnd.oci.image.layer.v1.tar")
-        ]
+    def __init__(self, layer: bytes, *, zstd: bool = False) -> None:
+        diff_id = f"sha256:{hashlib.sha256(layer).hexdigest()}"
+        self._layer = zstandard.compress(layer) if zstd else layer
+        digest = f"sha256:{hashlib.sha256(self._layer).hexdigest()}"
+        kind = "application/vnd.oci.image.layer.v1.tar" + ("+zstd" if zstd else "")
+        self.layers = [LayerDescriptor(digest, len(self._layer), kind)]
         self.config_raw = json.dumps(
-            {"os": "linux", "architecture": "amd64", "rootfs": {"diff_ids": [digest]}}
+            {"os": "linux", "architecture": "amd64", "rootfs": {"diff_ids": [diff_id]}}
         ).encode()
         self.manifest_raw = b"{}"
         self.manifest_digest = f"sha256:{hashlib.sha256(self.manifest_raw).hexdigest()}"
@@ -104,6 +107,36 @@ def test_what_is_no_file_is_none(files: ImageFiles, path: str) -> None:
 def test_a_file_of_several_spans_is_put_together(files: ImageFiles) -> None:
     assert files.read("/large") == LARGE
     assert files.read("/empty") == b""
+
+
+def test_of_one_large_frame_no_more_is_fetched_than_leads_to_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noise = random.Random(1).randbytes(4 << 20)
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for name, content in (("first", PASSWD), ("large", noise), ("last", PASSWD)):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    source = OneLayer(buffer.getvalue(), zstd=True)
+    path = tmp_path / "frame.clip"
+    build_index(source, path, BuildOptions(embed=True, spacing=64 << 10))
+    monkeypatch.setattr(image_files, "PIECE_BYTES", 100_000)
+    fetched = []
+    fetch = ImageFiles._fetch
+
+    def count(self: ImageFiles, layer: int, start: int, length: int) -> bytes:
+        fetched.append(length)
+        return fetch(self, layer, start, length)
+
+    monkeypatch.setattr(ImageFiles, "_fetch", count)
+    with open_index(path) as index, ImageFiles(index, RegistryAccess()) as files:
+        assert len(index.span_table(0).group(0)) > 10
+        assert files.read("/first") == PASSWD
+        assert sum(fetched) < 1 << 20
+        assert max(fetched) == 100_000
+        assert files.read("/last") == PASSWD
 
 
 def test_a_file_larger_than_expected_is_refused(files: ImageFiles) -> None:
