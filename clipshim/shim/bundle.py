@@ -81,6 +81,10 @@ class Bundle:
                 os.close(fd)
             os.rename(temporary, name)
         except OSError as exc:
+            try:
+                os.unlink(temporary)
+            except OSError:
+                pass  # it was not made, or the directory takes no changes
             raise BundleError(f"{name}: cannot be replaced: {exc}") from exc
 
 

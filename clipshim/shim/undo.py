@@ -7,8 +7,10 @@
         undo.commit()      # from here on nothing is undone
 
 An error in one step of the roll-back does not keep the others from running, nor does it hide the
-error that started it.
+error that started it: that one says what could not be undone.
 """
+
+from clipshim.errors import ClipError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -45,5 +47,7 @@ class Undo:
     def __enter__(self) -> "Undo":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _kind: object, error: object, _traceback: object) -> None:
         self.unwind()
+        if self.failures and isinstance(error, ClipError):
+            error.message += f"; then undoing failed: {'; '.join(map(str, self.failures))}"

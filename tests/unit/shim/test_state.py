@@ -129,6 +129,22 @@ def test_remove_tree_follows_no_link(tmp_path: Path) -> None:
     assert (outside / "kept").exists()
 
 
+def test_an_error_says_what_could_not_be_undone() -> None:
+    def fail() -> None:
+        raise OSError("stuck")
+
+    def work() -> None:
+        with Undo() as undo:
+            undo.push(fail)
+            raise MountError("rootfs /r: expected a mount", hint="look there")
+
+    with pytest.raises(MountError) as caught:
+        work()
+    assert str(caught.value) == (
+        "rootfs /r: expected a mount; then undoing failed: stuck (look there)"
+    )
+
+
 def test_undo_runs_backwards_and_to_the_end() -> None:
     done: list[int] = []
 
