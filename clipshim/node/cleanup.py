@@ -63,11 +63,13 @@ async def _collect(node: Node, *, dry_run: bool, unused_trees: bool) -> list[str
         removed += [f"unused tree {tree.image_id}" for tree in trees.idle(0.0)]
         if not dry_run:
             await trees.unmount_idle(0.0)
-    for image_id in choose_trees(await _tree_ids(node), set(trees.trees)):
+    # a tree whose record this version cannot read may still be read by those who hold it
+    held = await trio.to_thread.run_sync(_held_images, node)
+    for image_id in choose_trees(await _tree_ids(node), set(trees.trees) | held):
         removed.append(f"stale tree {image_id}")
         if not dry_run:
             await trees.remove_stale(image_id)
-    for image_id in choose_trees(_unpacked_ids(node), set(trees.trees)):
+    for image_id in choose_trees(_unpacked_ids(node), set(trees.trees) | held):
         removed.append(f"unpacked image {image_id}")
         if not dry_run:
             path = node.unpacker.path(image_id)
@@ -125,6 +127,12 @@ async def _tree_ids(node: Node) -> set[str]:
     for mount in mountinfo.mounts_beneath(parent):
         found.add(mount.mount_point.removeprefix(f"{parent}/").split("/")[0])
     return found
+
+
+def _held_images(node: Node) -> set[str]:
+    """What containers and mounts by hand are recorded with."""
+    containers = read_containers(node.settings.run_dir)
+    return {container.image_id for container in containers} | set(node.hand_mounts.all().values())
 
 
 def _unpacked_ids(node: Node) -> set[str]:

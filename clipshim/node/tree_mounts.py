@@ -6,6 +6,7 @@ Never touches a mount itself: EROFS goes through the mount worker, FUSE through 
 for finding images (resolver.py) nor for what crashed containers left (cleanup.py).
 """
 
+import contextlib
 import enum
 import logging
 import os
@@ -319,7 +320,7 @@ class TreeMounts:
             fuse_name=f"{facts.image_id}.{secrets.token_hex(4)}" if mode == "fuse" else "",
             trusted=request.trusted,
         )
-        os.makedirs(self.target(facts.image_id), mode=0o700, exist_ok=True)
+        _make_target(self.target(facts.image_id))
         self._records.write(record)
         return record, devices, tree_path
 
@@ -351,6 +352,10 @@ class TreeMounts:
             return False
         tree.holds.add(hold)
         return True
+
+    def is_mounted(self, image_id: str) -> bool:
+        """Whether something is mounted in a tree's place, known or not. Does not touch it."""
+        return mountinfo.mount_at(self.target(image_id)) is not None
 
     def in_use(self) -> list[str]:
         """Every hold."""
@@ -431,3 +436,12 @@ class TreeMounts:
         self._layers.hide(record.image_id)
         await trio.to_thread.run_sync(self._records.remove, record.image_id)
         self.on_gone(record)
+
+
+def _make_target(path: str) -> None:
+    """Makes a mount point without looking at it: what is mounted there may be the server's own."""
+    parent = os.path.dirname(path)
+    os.makedirs(os.path.dirname(parent), mode=0o700, exist_ok=True)
+    for directory in (parent, path):
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(directory, 0o700)

@@ -8,7 +8,7 @@ import contextlib
 import json
 import os
 import secrets
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 RECORD_VERSION = 1
 
@@ -65,11 +65,15 @@ class TreeRecords:
         try:
             with open(f"{self.directory}/{image_id}.json", encoding="utf-8") as file:
                 raw = json.load(file)
-            if raw.pop("version") != RECORD_VERSION or raw["image_id"] != image_id:
+            if raw["version"] != RECORD_VERSION or raw["image_id"] != image_id:
                 return None
-            raw["layers"] = tuple(LayerName(**layer) for layer in raw["layers"])
-            raw["pinned"], raw["kept"] = tuple(raw["pinned"]), tuple(raw["kept"])
-            return TreeRecord(**raw)
+            raw["layers"] = [LayerName(layer["key"], layer["size"]) for layer in raw["layers"]]
+            # another version of clipshim may have written it: the tree is in use all the same
+            known = {
+                field.name: raw[field.name] for field in fields(TreeRecord) if field.name in raw
+            }
+            lists = {key: tuple(value) for key, value in known.items() if isinstance(value, list)}
+            return TreeRecord(**(known | lists))
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             return None
 

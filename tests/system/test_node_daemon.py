@@ -148,6 +148,53 @@ def test_hand_mounts_are_held_across_servers(
     wait_for("the tree is unmounted", lambda: tree not in node.mounts())
 
 
+@pytest.mark.parametrize("mode", ["erofs", "fuse"])
+def test_an_upgrade_keeps_trees_that_are_held_whatever_wrote_their_records(
+    make_node: Callable[..., Node], image: tuple[str, dict[str, str]], mode: str
+) -> None:
+    reference, sums = image
+    node = make_node(linger_s=0.0)
+    before = node.start()["pid"]
+    clip = node_trees.index(node, reference)
+    answer = node_trees.mount(node, clip, "mount:/x", hold=True, mode=mode)
+    tree = answer["tree"]
+    record = node.state_dir / "trees" / f"{answer['image_id']}.json"
+    raw = json.loads(record.read_text())
+    for name in ("kept", "pinned"):  # as a version wrote it that did not know them
+        del raw[name]
+    record.write_text(json.dumps(raw | {"from_the_future": True}))
+    assert node.call("replace")["ok"]
+
+    def replaced() -> bool:
+        reply = node.ping()
+        return reply is not None and reply["pid"] != before
+
+    wait_for("another server answers", replaced)
+    assert node.call("gc", dry_run=False)["ok"]
+    assert tree in node.mounts()
+    with node_trees.Reader(node, tree, sums) as reader:
+        reader.wait_rounds(1)
+    record.write_text("{}")  # not even the version is known
+    node.kill_server()
+    assert node.call("gc", dry_run=False)["ok"]
+    assert tree in node.mounts()
+    node.call("release", container="mount:/x")
+    assert node.call("gc", dry_run=False)["ok"]
+    wait_for("the tree is unmounted", lambda: tree not in node.mounts())
+
+
+def test_holds_of_trees_that_are_gone_are_forgotten(
+    node: Node, image: tuple[str, dict[str, str]]
+) -> None:
+    node.start()
+    clip = node_trees.index(node, image[0])
+    node_trees.mount(node, clip, "mount:/x", hold=True)
+    assert "mount:/x" in (node.run_dir / "hand-mounts.json").read_text()
+    node_trees.kill_everything(node)
+    node.start()  # the tree's connection died with the daemon
+    assert "mount:/x" not in (node.run_dir / "hand-mounts.json").read_text()
+
+
 @pytest.mark.parametrize(
     "line",
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -55,6 +56,24 @@ def test_a_record_survives_a_round_trip(tmp_path: Path) -> None:
     assert not RECORD.independent
     records.remove(RECORD.image_id)
     records.remove(RECORD.image_id)
+    assert records.read_all() == []
+
+
+def test_records_of_older_and_newer_versions_are_understood(tmp_path: Path) -> None:
+    """Else an upgrade would take the trees of running containers for garbage."""
+    records = TreeRecords(str(tmp_path))
+    records.write(RECORD)
+    path = tmp_path / "trees" / f"{RECORD.image_id}.json"
+    raw = json.loads(path.read_text())
+    raw["layers"][0]["newer"] = 1
+    path.write_text(json.dumps(raw | {"newer": [1, 2]}))
+    assert records.read_all() == [RECORD]
+    for name in ("pinned", "kept", "fuse_name", "trusted"):
+        del raw[name]
+    path.write_text(json.dumps(raw))
+    assert records.read_all() == [replace(RECORD, pinned=())]
+    del raw["digest"]
+    path.write_text(json.dumps(raw))
     assert records.read_all() == []
 
 
