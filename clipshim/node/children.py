@@ -25,6 +25,11 @@ def restart_delay(failures: int) -> float:
     return min(LONGEST_DELAY_S, FIRST_DELAY_S * float(2 ** min(failures - 2, 16)))
 
 
+def failures_after(failures: int, lived_s: float) -> int:
+    """How many deaths in a row it is with this one: a long life makes good for earlier ones."""
+    return 1 if lived_s >= STEADY_S else failures + 1
+
+
 class Child:
     """One supervised process. `exited()` is called by the owner when the pidfd is readable."""
 
@@ -79,9 +84,7 @@ class Child:
         os.close(self.pidfd)
         self.pidfd, self.process, self._popen = -1, None, None
         now = time.monotonic()
-        if now - self._started >= STEADY_S:
-            self._failures = 0
-        self._failures += 1
+        self._failures = failures_after(self._failures, now - self._started)
         self.deaths += 1
         self.restart_at = now + restart_delay(self._failures)
         return status

@@ -6,10 +6,17 @@ import os
 import select
 import subprocess
 import sys
+import time
 
 import pytest
 
-from clipshim.node.children import LONGEST_DELAY_S, Child, restart_delay
+from clipshim.node.children import (
+    LONGEST_DELAY_S,
+    STEADY_S,
+    Child,
+    failures_after,
+    restart_delay,
+)
 from clipshim.node.processes import ProcessId, open_pidfd, start_ticks
 
 
@@ -18,6 +25,31 @@ def test_the_first_restart_is_at_once_and_later_ones_wait_longer_up_to_a_bound()
     assert delays[0] == 0.0
     assert delays == sorted(delays)
     assert delays[-1] == LONGEST_DELAY_S
+
+
+def test_only_a_long_life_makes_the_next_restart_immediate() -> None:
+    failures = 0
+    for lived_s in (0.0, 1.0, STEADY_S - 1):
+        failures = failures_after(failures, lived_s)
+    assert failures == 3
+    assert restart_delay(failures_after(failures, STEADY_S - 1)) > 0
+    assert failures_after(100, STEADY_S) == 1
+    assert restart_delay(failures_after(100, STEADY_S)) == 0.0
+
+
+def test_a_child_that_keeps_dying_is_restarted_later_and_later() -> None:
+    child = Child("test")
+    for deaths in range(1, 5):
+        child.start("platform", ["--terse"], [])
+        select.select([child.pidfd], [], [], 60)
+        before = time.monotonic()
+        child.exited()
+        assert child.restart_at is not None
+        due: float = child.restart_at
+        assert due >= before + restart_delay(deaths)
+    child.restart_soon()
+    assert child.restart_at is not None
+    assert child.restart_at <= time.monotonic()
 
 
 def test_a_process_is_known_by_pid_and_start() -> None:
