@@ -6,6 +6,7 @@ that would have to answer. Mounting goes through mount_worker.py.
 
 import gc
 import logging
+import os
 import signal
 import sys
 
@@ -22,6 +23,7 @@ from clipshim.node.node import Node
 from clipshim.node.operations import Operations
 from clipshim.node.processes import raise_limits
 from clipshim.node.rpc import RpcServer
+from clipshim.node.self_access import DEBUG_ENV, forbid
 from clipshim.node.server_life import ServerLife
 from clipshim.settings import Settings, load_settings
 
@@ -95,6 +97,8 @@ def main() -> int:
         settings = load_settings()
         resolve_directories(settings)
         configure(settings.log_format, settings.log_level)
+        if os.environ.get(DEBUG_ENV):
+            forbid(settings)
         trio.run(run, settings, sys.argv[1])
     except (ClipError, OSError) as exc:
         log.error("%s", exc)

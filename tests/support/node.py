@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
+from clipshim.node.self_access import DEBUG_ENV, MARK
 from tests.support import leftovers
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ class Node:
             "CLIPSHIM_CONFIG": str(self.config),
             "HOME": str(directory),
             "DOCKER_CONFIG": str(directory / "docker-config"),
+            DEBUG_ENV: "1",
         }
 
     def __enter__(self) -> Self:
@@ -215,10 +217,17 @@ class Node:
             self._daemons.pop().wait(DEADLINE_S)
         leftovers.unmount_below(self.directory)
 
+    def check_self_access(self) -> None:
+        """The server has not touched its own mounts, which can hang it for ever."""
+        for log in (*self.directory.glob("*.log"), *self.state_dir.glob("*.log")):
+            text = log.read_text(errors="replace")
+            assert MARK not in text, text[text.index(MARK) :][:4000]
+
     def close(self) -> None:
         """Stops the node and removes its directory."""
         self.stop()
         assert not self.mounts(), self.mounts()
+        self.check_self_access()
         shutil.rmtree(self.directory, ignore_errors=True)
 
 
