@@ -31,7 +31,7 @@ import trio
 from clipshim.errors import ClipError, MountError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable, Coroutine, Sequence
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +80,36 @@ def handler(
             raise pyfuse3.FUSEError(errno.EIO) from exc
 
     return guarded
+
+
+class StatelessOperations(pyfuse3.Operations):
+    """The handlers that a file system of deterministic inodes and handles without state shares."""
+
+    async def forget(self, inode_list: Sequence[tuple[pyfuse3.InodeT, int]]) -> None:
+        """Nothing is counted: inodes are deterministic."""
+
+    async def flush(self, fh: pyfuse3.FileHandleT) -> None:
+        """Tells the kernel never to ask again: close() must not wait for a server that is dead."""
+        raise pyfuse3.FUSEError(errno.ENOSYS)
+
+    @handler
+    async def release(self, fh: pyfuse3.FileHandleT) -> None:
+        """Handles have no state."""
+
+    @handler
+    async def releasedir(self, fh: pyfuse3.FileHandleT) -> None:
+        """Handles have no state."""
+
+
+def volume(size: int, files: int) -> pyfuse3.StatvfsData:
+    """What statfs says of a read-only file system of `size` bytes: nothing is free."""
+    data = pyfuse3.StatvfsData()
+    data.f_bsize = data.f_frsize = 512
+    data.f_blocks = (size + 511) // 512
+    data.f_bfree = data.f_bavail = data.f_ffree = data.f_favail = 0
+    data.f_files = files
+    data.f_namemax = 255
+    return data
 
 
 def _reportable(number: int | None) -> int:

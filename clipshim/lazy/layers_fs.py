@@ -10,15 +10,12 @@ import errno
 import hashlib
 import os
 import stat
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import pyfuse3
 
 from clipshim.errors import NotFoundError
-from clipshim.lazy.fuse_session import handler
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
+from clipshim.lazy.fuse_session import StatelessOperations, handler, volume
 
 FOREVER_S = 1e6  # layers never change; the kernel may keep what it was told
 
@@ -52,7 +49,7 @@ class LayerDirectory(Protocol):
     def names(self) -> list[str]: ...
 
 
-class LayersOperations(pyfuse3.Operations):
+class LayersOperations(StatelessOperations):
     """FUSE operations over a LayerDirectory. Inodes and handles mean the same in every process."""
 
     def __init__(self, directory: LayerDirectory) -> None:
@@ -91,9 +88,6 @@ class LayersOperations(pyfuse3.Operations):
             return _root_attributes()
         return _file_attributes(await self._file(inode))
 
-    async def forget(self, inode_list: Sequence[tuple[pyfuse3.InodeT, int]]) -> None:
-        """Nothing is counted: inodes are deterministic."""
-
     @handler
     async def open(
         self, inode: pyfuse3.InodeT, flags: pyfuse3.FlagT, ctx: pyfuse3.RequestContext
@@ -110,14 +104,6 @@ class LayersOperations(pyfuse3.Operations):
         # pyfuse3 takes any contiguous buffer
         return await (await self._file(fh)).read(off, size)  # type: ignore[return-value]
 
-    async def flush(self, fh: pyfuse3.FileHandleT) -> None:
-        """Tells the kernel never to ask again: close() must not wait for a server that is dead."""
-        raise pyfuse3.FUSEError(errno.ENOSYS)
-
-    @handler
-    async def release(self, fh: pyfuse3.FileHandleT) -> None:
-        """Handles have no state."""
-
     @handler
     async def opendir(
         self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext
@@ -126,10 +112,6 @@ class LayersOperations(pyfuse3.Operations):
         if inode != pyfuse3.ROOT_INODE:
             raise pyfuse3.FUSEError(errno.ENOTDIR)
         return pyfuse3.FileHandleT(inode)
-
-    @handler
-    async def releasedir(self, fh: pyfuse3.FileHandleT) -> None:
-        """Handles have no state."""
 
     @handler
     async def readdir(
@@ -156,13 +138,7 @@ class LayersOperations(pyfuse3.Operations):
         for key in names:
             found = await self._directory.by_name(key)
             total += found.size if found else 0
-        data = pyfuse3.StatvfsData()
-        data.f_bsize = data.f_frsize = 512
-        data.f_blocks = (total + 511) // 512
-        data.f_bfree = data.f_bavail = data.f_ffree = data.f_favail = 0
-        data.f_files = len(names) + 1
-        data.f_namemax = 255
-        return data
+        return volume(total, len(names) + 1)
 
 
 def _root_attributes() -> pyfuse3.EntryAttributes:

@@ -17,7 +17,7 @@ import pyfuse3
 import trio
 
 from clipshim.errors import LayerError
-from clipshim.lazy.fuse_session import handler
+from clipshim.lazy.fuse_session import StatelessOperations, handler, volume
 from clipshim.lazy.layers_fs import FOREVER_S
 from clipshim.lazy.page_cache import is_cached
 
@@ -34,7 +34,7 @@ THREADS_PER_LAYER = 32
 FIRST_NID = 2  # inode number of nid 0: 1 is the root's, 0 means "none" to FUSE
 
 
-class TreeOperations(pyfuse3.Operations):
+class TreeOperations(StatelessOperations):
     """FUSE operations over an ErofsImage and the files of its devices (device 1 first)."""
 
     def __init__(self, image: ErofsImage, device_paths: Sequence[str]) -> None:
@@ -109,9 +109,6 @@ class TreeOperations(pyfuse3.Operations):
         """Attributes, with link counts, blocks and nanoseconds."""
         return self._attributes(self._nid(inode))
 
-    async def forget(self, inode_list: Sequence[tuple[pyfuse3.InodeT, int]]) -> None:
-        """Nothing is counted: inodes are deterministic."""
-
     @handler
     async def readlink(
         self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext
@@ -144,10 +141,6 @@ class TreeOperations(pyfuse3.Operations):
         return pyfuse3.FileHandleT(inode)
 
     @handler
-    async def releasedir(self, fh: pyfuse3.FileHandleT) -> None:
-        """Handles have no state."""
-
-    @handler
     async def readdir(
         self, fh: pyfuse3.FileHandleT, start_id: int, token: pyfuse3.ReaddirToken
     ) -> None:
@@ -162,13 +155,8 @@ class TreeOperations(pyfuse3.Operations):
     @handler
     async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
         """Sizes of the image; nothing is free."""
-        data = pyfuse3.StatvfsData()
-        data.f_bsize = data.f_frsize = 512
-        data.f_blocks = sum(self._image.device_blocks()) + self._image.length // 512
-        data.f_bfree = data.f_bavail = data.f_ffree = data.f_favail = 0
-        data.f_files = self._image.inode_count
-        data.f_namemax = 255
-        return data
+        size = 512 * sum(self._image.device_blocks()) + self._image.length
+        return volume(size, self._image.inode_count)
 
     # -- data
 
@@ -182,14 +170,6 @@ class TreeOperations(pyfuse3.Operations):
         if not stat.S_ISREG(self._attributes(self._nid(inode)).st_mode):
             raise pyfuse3.FUSEError(errno.EINVAL)
         return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(inode), keep_cache=True)
-
-    async def flush(self, fh: pyfuse3.FileHandleT) -> None:
-        """Tells the kernel never to ask again: close() must not wait for a server that is dead."""
-        raise pyfuse3.FUSEError(errno.ENOSYS)
-
-    @handler
-    async def release(self, fh: pyfuse3.FileHandleT) -> None:
-        """Handles have no state."""
 
     @handler
     async def read(self, fh: pyfuse3.FileHandleT, off: int, size: int) -> bytes:
