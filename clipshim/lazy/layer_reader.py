@@ -76,6 +76,7 @@ class LayerReader:
         self.stored = stored
         self.statistics = LayerStatistics()
         self.recorders: set[Recorder] = set()
+        self.without_source: ClipError | None = None  # why there is none: readers need not wait
         self._fetching = fetching
         self._sources: list[SpanSource] = []
         self._flights: dict[int, Flight] = {}
@@ -299,7 +300,7 @@ class LayerReader:
             self._denied = None
         sources = list(self._sources)
         if not sources:
-            return LayerError("no image that is mounted has this layer")
+            return self.without_source or LayerError("no image that is mounted has this layer")
         if len(sources) == 1:
             sources *= 2
         error: ClipError | None = None

@@ -136,7 +136,10 @@ class LayerDirectory:
             if layer is None:
                 layer = ShownLayer(key, size, self)
                 self._by_name[key] = self._by_inode[layer_inode(key)] = layer
+            known = image_id in layer.providers
             layer.providers[image_id] = Provider(index_path, position, trusted)
+            if not known and layer.reader is not None and layer.reader.without_source is not None:
+                self.close_layer(layer)  # this image may have what the others could not give
 
     def hide(self, image_id: str) -> None:
         """Forgets an image; layers that no image needs vanish."""
@@ -201,6 +204,7 @@ class LayerDirectory:
             layer.indexes.append(index)
         if reader is None:
             raise problem or StoreError(f"layer {layer.key}: no index describes it")
+        reader.without_source = problem
         reader.recorders |= layer.recorders
         layer.reader = reader
 

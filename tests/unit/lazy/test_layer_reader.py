@@ -13,7 +13,7 @@ import pytest
 import trio
 import trio.testing
 
-from clipshim.errors import AuthError, ClipError, DigestError, RegistryError
+from clipshim.errors import AuthError, ClipError, DigestError, PolicyError, RegistryError
 from clipshim.lazy import layer_reader
 from clipshim.lazy.fetching import Fetching
 from clipshim.lazy.layer_reader import LayerReader
@@ -481,5 +481,19 @@ def test_memory_is_given_back_once_after_fetches(tmp_path: Path) -> None:
             while not fetching.return_memory():  # until the last fetch has ended
                 await trio.sleep(0.01)
             assert not fetching.return_memory()
+
+    trio.run(main)
+
+
+def test_without_a_source_readers_get_the_reason_and_do_not_wait(tmp_path: Path) -> None:
+    layer = MadeLayer(MIB)
+
+    async def main() -> None:
+        async with reading(tmp_path, layer) as reader:
+            reader.without_source = PolicyError("this registry is not allowed")
+            with pytest.raises(PolicyError, match="not allowed"):
+                await reader.read(0, 100)
+            reader.add_source(MadeSource(layer))
+            assert bytes(await reader.read(0, 100)) == layer.data[:100]
 
     trio.run(main)
