@@ -301,6 +301,8 @@ class LayerReader:
         sources = list(self._sources)
         if not sources:
             return self.without_source or LayerError("no image that is mounted has this layer")
+        # one whose registry does not answer has its turn after those that may
+        sources.sort(key=lambda source: self._fetching.service(source.service).breaker.is_open)
         if len(sources) == 1:
             sources *= 2
         error: ClipError | None = None

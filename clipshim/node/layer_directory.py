@@ -25,7 +25,8 @@ log = logging.getLogger(__name__)
 
 PAGE = 4096
 IDLE_S = 120.0
-MAX_PROVIDERS = 4  # images asked for a layer's bytes, when one after the other fails
+MAX_PROVIDERS = 4  # images asked for a layer's bytes at its opening, one after the other
+MAX_SOURCES = 16  # with those that came while it was open
 
 SourceMaker = Callable[[Index, int, bool], SpanSource]
 
@@ -48,6 +49,8 @@ class ShownLayer:
         # and there are tar writers that do not pad the last entry of a layer
         self.size = -(-size // PAGE) * PAGE
         self.providers: dict[str, Provider] = {}  # by image ID
+        self.has_news = False  # a provider came that the open reader has not as a source
+        self.sourced: set[str] = set()  # image IDs of the open reader's sources
         self.last_use = 0.0
         self.busy = 0
         self.reader: LayerReader | None = None
@@ -108,9 +111,9 @@ class ShownLayer:
 
     async def open(self) -> LayerReader:
         """The reader; the caller keeps `busy` above zero as long as it uses it."""
-        if self.reader is None:
+        if self.reader is None or self.has_news:
             async with self._opening:
-                if self.reader is None:
+                if self.reader is None or self.has_news:
                     await self._directory.open_layer(self)
         assert self.reader is not None
         return self.reader
@@ -136,10 +139,9 @@ class LayerDirectory:
             if layer is None:
                 layer = ShownLayer(key, size, self)
                 self._by_name[key] = self._by_inode[layer_inode(key)] = layer
-            known = image_id in layer.providers
+            # this image may have what the others cannot give (any more)
+            layer.has_news |= image_id not in layer.providers
             layer.providers[image_id] = Provider(index_path, position, trusted)
-            if not known and layer.reader is not None and layer.reader.without_source is not None:
-                self.close_layer(layer)  # this image may have what the others could not give
 
     def hide(self, image_id: str) -> None:
         """Forgets an image; layers that no image needs vanish."""
@@ -174,10 +176,11 @@ class LayerDirectory:
         return [layer.reader for layer in self._by_name.values() if layer.reader is not None]
 
     async def open_layer(self, layer: ShownLayer) -> None:
-        """Makes the reader of a layer, with every image that has it as a source."""
-        reader: LayerReader | None = None
+        """Makes the reader of a layer, or gives an open one the sources that came since."""
+        layer.has_news = False
+        reader = layer.reader
         problem: ClipError | None = None
-        for provider in list(layer.providers.values())[:MAX_PROVIDERS]:
+        for image_id, provider in _chosen(layer):
             try:
                 index = await trio.to_thread.run_sync(open_index, provider.path)
             except ClipError as exc:
@@ -185,28 +188,32 @@ class LayerDirectory:
                 problem = exc
                 continue
             try:
-                info = index.layers[provider.position]
-                if info.key != layer.key:
+                if index.layers[provider.position].key != layer.key:
                     raise StoreError(f"{provider.path}: layer {provider.position} has changed")
                 if reader is None:
-                    table = index.span_table(provider.position)
-                    stored = await trio.to_thread.run_sync(self._store.open, info, table)
-                    reader = LayerReader(info, table, stored, self._fetching)
+                    reader = await self._make_reader(index, provider.position)
                 source = await trio.to_thread.run_sync(
                     self._make_source, index, provider.position, provider.trusted
                 )
-                reader.add_source(source)
             except (ClipError, IndexError) as exc:
                 index.close()
                 log.error("layer %s: %s", layer.key, exc)
                 problem = exc if isinstance(exc, ClipError) else StoreError(str(exc))
                 continue
+            reader.add_source(source)
             layer.indexes.append(index)
+            layer.sourced.add(image_id)
         if reader is None:
             raise problem or StoreError(f"layer {layer.key}: no index describes it")
-        reader.without_source = problem
-        reader.recorders |= layer.recorders
-        layer.reader = reader
+        reader.without_source = None if layer.sourced else problem
+        if layer.reader is None:
+            reader.recorders |= layer.recorders
+            layer.reader = reader
+
+    async def _make_reader(self, index: Index, position: int) -> LayerReader:
+        info, table = index.layers[position], index.span_table(position)
+        stored = await trio.to_thread.run_sync(self._store.open, info, table)
+        return LayerReader(info, table, stored, self._fetching)
 
     def close_idle(self) -> None:
         """Closes what has not been read for a while."""
@@ -245,3 +252,12 @@ class LayerDirectory:
         for index in layer.indexes:
             index.close()
         layer.indexes.clear()
+        layer.sourced.clear()
+
+
+def _chosen(layer: ShownLayer) -> list[tuple[str, Provider]]:
+    """Providers to take as sources: those the node's owner vouches for first, then the newest."""
+    ranked = list(reversed(layer.providers.items()))
+    ranked.sort(key=lambda entry: not entry[1].trusted)
+    room = MAX_SOURCES - len(layer.sourced)
+    return [entry for entry in ranked[:MAX_PROVIDERS] if entry[0] not in layer.sourced][:room]
