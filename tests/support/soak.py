@@ -262,6 +262,13 @@ def server_kills(deck: Deck, tally: Tally, count: int, seed: int) -> None:
         readers = [pool.submit(read, number) for number in range(4)]
         try:
             for number in range(count):
+                before = tally.counts.get("files compared", 0)
+                # a server that served nobody has not been killed in the middle of anything
+                wait_for(
+                    "readers get on",
+                    lambda before=before: tally.counts.get("files compared", 0) > before + 3,  # type: ignore[misc]
+                    900,
+                )
                 kill(deck, tally, "server")
                 if number % 50 == 49:
                     print(f"{number + 1} kills, {len(tally.failures)} failures", flush=True)
