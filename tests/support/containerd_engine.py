@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from tests.support.engine import Client, Daemon, engine_env
+from tests.support.programs import program
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from tests.support.engine import Target
 
-CONTAINERD = "/usr/bin/containerd"
-CTR = "/usr/bin/ctr"
+CONTAINERD = program("/usr/bin/containerd")
+CTR = program("/usr/bin/ctr")
 PAUSE = "localhost/pause:1"
 
 

@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING
 
 from tests.support.containerd_engine import Containerd
 from tests.support.engine import Client, Daemon, cgroup_parent, destroy, engine_env
+from tests.support.programs import program
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from tests.support.engine import Target
 
-DOCKERD = "/usr/sbin/dockerd"
-DOCKER = "/usr/bin/docker"
+DOCKERD = program("/usr/sbin/dockerd")
+DOCKER = program("/usr/bin/docker")
 
 
 class Docker(Client):

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tests.support import leftovers
 from tests.support.node import CLIPSHIM, wait_for
+from tests.support.programs import search_path
 from tests.support.runtimes import RUNC
 
 if TYPE_CHECKING:
@@ -63,9 +64,10 @@ def engine_env(directory: Path, **more: str) -> dict[str, str]:
     """An environment for daemons and clients: nothing of the user's configuration."""
     home = directory / "home"
     home.mkdir(parents=True, exist_ok=True)
-    kept = ("PATH", "LC_ALL", "CLIPSHIM_TEST_RUN", "CLIPSHIM_TEST_ROOT")
+    kept = ("LC_ALL", "CLIPSHIM_TEST_RUN", "CLIPSHIM_TEST_ROOT")
     return {
         **{name: os.environ[name] for name in kept if name in os.environ},
+        "PATH": search_path(),
         "HOME": str(home),
         "TMPDIR": os.environ["TMPDIR"],
         "DOCKER_BUILDKIT": "0",

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from clipshim.node.self_access import DEBUG_ENV, MARK
 from tests.support import leftovers
+from tests.support.programs import program
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -56,7 +57,7 @@ class Node:
         self.settings: dict[str, Any] = {
             "run_dir": str(self.run_dir),
             "state_dir": str(self.state_dir),
-            "runtimes": ["/usr/sbin/runc"],
+            "runtimes": [str(program("/usr/sbin/runc"))],
             "min_free_bytes": 0,
             "certs_dir": str(directory / "certs.d"),
         }

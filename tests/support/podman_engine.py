@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tests.support.engine import ULIMITS, Client, cgroup_parent, destroy, engine_env
+from tests.support.programs import program
 
 if TYPE_CHECKING:
     from tests.support.engine import Target
 
-PODMAN = "/usr/bin/podman"
+PODMAN = program("/usr/bin/podman")
 
 
 class Podman(Client):

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from tests.support.node import CLIPSHIM
+from tests.support.programs import program
 
 if TYPE_CHECKING:
     from tests.support.node import Node
 
-RUNC = Path("/usr/sbin/runc")
+RUNC = program("/usr/sbin/runc")
 NOTHING_SPECIAL = ["/bin/sh", "-c", "echo started"]
 
 
