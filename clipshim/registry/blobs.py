@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from clipshim.errors import NotFoundError, RegistryError
 from clipshim.registry.attempts import AttemptFailed, Statistics
+from clipshim.registry.health import SILENCE
 from clipshim.registry.references import (
     ArchiveReference,
     Reference,
@@ -101,10 +102,13 @@ class BlobReader:
         self._served_by: dict[str, str] = {}
         self._distrusted: dict[tuple[str, str], float] = {}
 
-    def read_range(self, blob: BlobRef, start: int, length: int, *, deadline: float) -> bytes:
+    def read_range(
+        self, blob: BlobRef, start: int, length: int, *, deadline: float, hurried: bool = False
+    ) -> bytes:
         """Exactly `length` bytes of the stored blob from byte `start`, by `deadline` (monotonic).
 
-        An interrupted body is continued where it broke, at whichever server is next. Raises
+        An interrupted body is continued where it broke, at whichever server is next. `hurried`:
+        the caller can ask elsewhere, so servers that keep silent are soon given up. Raises
         RegistryError (AuthError for refusals) naming blob, range, host and cause.
         """
         if start < 0 or length <= 0 or start + length > blob.size:
@@ -136,6 +140,7 @@ class BlobReader:
             statistics=self._statistics,
             last_resort=foreign,
             distrusted=self._distrusted_bases(blob.digest),
+            hurried=hurried,
         )
 
     def open_stream(self, blob: BlobRef) -> io.BufferedReader:
@@ -241,7 +246,7 @@ class BlobReader:
             return stack.enter_context(
                 self._transport.fetch_url(
                     endpoint.base, headers=headers, deadline=deadline, accept=accept,
-                    statistics=self._statistics,
+                    statistics=self._statistics, patience_s=endpoint.patience_s,
                 )
             )  # fmt: skip
         key = (endpoint.base, blob.reference.repository, blob.digest)
@@ -252,7 +257,7 @@ class BlobReader:
                 return stack.enter_context(
                     self._transport.fetch_url(
                         remembered, headers=headers, deadline=deadline, accept=accept,
-                        statistics=self._statistics,
+                        statistics=self._statistics, patience_s=endpoint.patience_s,
                     )
                 )  # fmt: skip
             except AttemptFailed as failure:
@@ -328,6 +333,8 @@ class BlobReader:
             except AttemptFailed as failure:
                 self._statistics.add_retry(failure.cause)
                 idle_attempts = 0 if offset > before else idle_attempts + 1
+                if offset == before and failure.cause in SILENCE:
+                    self._avoid(blob)
                 if idle_attempts >= STREAM_ATTEMPTS:
                     raise RegistryError(
                         f"{what} from byte {offset}: {blob.reference.registry}: {failure.message}",
@@ -336,6 +343,13 @@ class BlobReader:
                 self._transport.pause(max(idle_attempts, 1), what)
             finally:
                 self._statistics.add_bytes(offset - before)
+
+    def _avoid(self, blob: RegistryBlob) -> None:
+        """The server that took the request sent nothing: others come first for a while."""
+        with self._lock:
+            base = self._served_by.get(blob.digest)
+        if base is not None:
+            self._transport.health.kept_silent(base)
 
     def _opened(
         self, stack: ExitStack, blob: RegistryBlob, at: int, foreign: tuple[Endpoint, ...]

@@ -39,6 +39,8 @@ class Endpoint:
     skip_verify: bool = False
     headers: Mapping[str, str] = field(default_factory=dict)
     namespace: str | None = None  # sent as ?ns=: which registry a mirror stands for
+    # How long it may keep silent in this attempt, because there is another one to ask (health.py).
+    patience_s: float = field(default=float("inf"), compare=False)
 
     @property
     def is_plain(self) -> bool:

@@ -36,6 +36,7 @@ class Reply:
     response: BaseHTTPResponse
     url: str
     moved: bool  # whether a redirect led away from the server that was asked
+    patience_s: float = float("inf")  # how long its body may stall, at most
 
     @property
     def status(self) -> int:
@@ -73,6 +74,7 @@ def read_chunks(
     Raises AttemptFailed when nothing or next to nothing comes for `read_timeout_s`, or at the
     deadline.
     """
+    read_timeout_s = min(read_timeout_s, reply.patience_s)
     window_start, window_bytes = time.monotonic(), 0
     while limit > 0:
         now = time.monotonic()

@@ -22,12 +22,14 @@ import urllib3
 import urllib3.exceptions
 
 from clipshim.errors import ConfigError, RegistryError
+from clipshim.registry import health
 from clipshim.registry.attempts import (
     UNAUTHORIZED,
     AttemptFailed,
     Statistics,
     final_error,
 )
+from clipshim.registry.health import ServerHealth
 from clipshim.registry.mirrors import Endpoint, endpoints_for
 from clipshim.registry.references import is_loopback, split_port
 from clipshim.registry.replies import Reply, drain, read_body, refusal, released, transport_failure
@@ -67,6 +69,7 @@ class Transport:
         self.access = access
         self.authorizer = Authorizer(access)
         self.statistics = Statistics()
+        self.health = ServerHealth()
         self._lock = threading.Lock()
         self._noted: dict[tuple[str, str], float] = {}  # when to log a server's trouble again
         self._pools: dict[object, urllib3.PoolManager] = {}
@@ -105,33 +108,42 @@ class Transport:
         statistics: Statistics | None = None,
         last_resort: tuple[Endpoint, ...] = (),
         distrusted: frozenset[str] = frozenset(),
+        hurried: bool = False,
     ) -> T:
         """What `operation` returns at the first server where it does not raise AttemptFailed.
 
         Servers are asked in order, again and again with growing jittered pauses while one of them
         may recover, until `deadline` (monotonic) or `attempts` rounds. `what` begins the message
         of the error: RegistryError, AuthError or RegistryNotFoundError. `last_resort` comes after
-        the registry's own servers, servers whose base is in `distrusted` after all others.
+        the registry's own servers, servers whose base is in `distrusted` after all others, and
+        before them those that kept silent lately. `hurried`: the caller has somewhere else to go,
+        so each server is asked once, and not waited for if it keeps silent.
         """
         counters = statistics or self.statistics
         if deadline is None:
             deadline = time.monotonic() + self.access.deadline_s
-        live = [*self.endpoints(reference, capability), *last_resort]
-        if not live:
+        order = [*self.endpoints(reference, capability), *last_resort]
+        if not order:
             raise RegistryError(f"{what}: no server of {reference.registry} may {capability}")
-        live.sort(key=lambda item: item.base in distrusted)
-        order = list(live)
+        live = self.health.in_order(order, distrusted)
         failed: dict[str, AttemptFailed] = {}
         redirect_failures = 0
         rounds = 0  # since the last progress
         total = 0
         while True:
             progressed = False
-            for endpoint in list(live):
+            to_ask = list(live)
+            while to_ask:
+                endpoint = to_ask.pop(0)
                 self._check_open(what)
+                others = [item for item in to_ask if item.base not in distrusted]
+                if hurried or any(not self.health.is_avoided(item.base) for item in others):
+                    endpoint = replace(endpoint, patience_s=health.PATIENCE_S)
+                began = time.monotonic()
                 try:
-                    return operation(endpoint)
+                    result = operation(endpoint)
                 except AttemptFailed as failure:
+                    self.health.failed(endpoint.base, failure, time.monotonic() - began)
                     if failure.cause != "deadline" or endpoint.base not in failed:
                         failed[endpoint.base] = failure  # the trouble before tells more
                     progressed = progressed or failure.progressed
@@ -142,6 +154,9 @@ class Transport:
                     # debug: who asked says what it came to; many may ask a server that is dead
                     log.debug("%s: %s: %s", what, endpoint.host, failure.message)
                     self._note(endpoint.host, failure)
+                else:
+                    self.health.answered(endpoint.base)
+                    return result
                 if time.monotonic() >= deadline:
                     break
             total += 1
@@ -151,7 +166,8 @@ class Transport:
             wishes = [failed[item.base].retry_after or 0.0 for item in live if item.base in failed]
             delay = max(delay, min(wishes, default=0.0))
             over = now + delay >= deadline
-            if not live or over or (attempts is not None and rounds >= attempts):
+            hurried = hurried and not progressed
+            if not live or over or hurried or (attempts is not None and rounds >= attempts):
                 counters.add_failure()
                 said = [(item, failed[item.base]) for item in order if item.base in failed]
                 note = f" (gave up after {total} attempts)" if live and total > 1 else ""
@@ -222,6 +238,7 @@ class Transport:
         endpoint: Endpoint | None = None,
         accept: tuple[int, ...] = (200,),
         statistics: Statistics | None = None,
+        patience_s: float = float("inf"),
     ) -> Iterator[Reply]:
         """One GET of a URL that is no registry API: a remembered redirect, a foreign layer.
 
@@ -229,7 +246,7 @@ class Transport:
         """
         counters = statistics or self.statistics
         reply = self._redirected(
-            endpoint, "GET", url, dict(headers), None, None, deadline, counters
+            endpoint, "GET", url, dict(headers), None, None, deadline, counters, patience_s
         )
         reply = replace(reply, moved=True)
         with released(reply):
@@ -253,8 +270,9 @@ class Transport:
         grant = self.authorizer.current(endpoint, repository, actions)
         for login in range(MAX_LOGINS + 1):
             reply = self._redirected(
-                endpoint, method, url, headers, body, grant, deadline, statistics
-            )
+                endpoint, method, url, headers, body, grant, deadline, statistics,
+                endpoint.patience_s,
+            )  # fmt: skip
             renewable = reply.status == 401 or (
                 # Some registries (ECR) say 403 when a log-in has expired.
                 reply.status == 403 and grant is not None and login == 0
@@ -292,7 +310,9 @@ class Transport:
     ) -> tuple[int, bytes]:
         # The TLS options of the registry hold for its own token server only.
         own = endpoint if urlsplit(url).netloc == endpoint.host else None
-        reply = self._redirected(own, method, url, headers, body, None, deadline, self.statistics)
+        reply = self._redirected(
+            own, method, url, headers, body, None, deadline, self.statistics, endpoint.patience_s
+        )
         with released(reply):
             return reply.status, read_body(reply, MAX_TOKEN_BYTES, deadline)
 
@@ -306,6 +326,7 @@ class Transport:
         grant: Grant | None,
         deadline: float,
         statistics: Statistics,
+        patience_s: float,
     ) -> Reply:
         origin = url
         for _ in range(MAX_REDIRECTS + 1):
@@ -320,9 +341,10 @@ class Transport:
             elif grant is not None:
                 sent["Authorization"] = grant.header
             response = self._raw(
-                endpoint if at_home else None, method, url, sent, body, deadline, statistics
-            )
-            reply = Reply(response, url, not at_home)
+                endpoint if at_home else None, method, url, sent, body, deadline, statistics,
+                patience_s,
+            )  # fmt: skip
+            reply = Reply(response, url, not at_home, patience_s)
             location = reply.headers.get("Location")
             if reply.status not in (301, 302, 303, 307, 308) or not location:
                 return reply
@@ -359,21 +381,21 @@ class Transport:
         body: bytes | Callable[[], IO[bytes]] | None,
         deadline: float,
         statistics: Statistics,
+        patience_s: float,
     ) -> BaseHTTPResponse:
         left = deadline - time.monotonic()
         if left <= 0:
             raise AttemptFailed("deadline", "no time is left", retryable=True)
-        timeout = urllib3.Timeout(
-            connect=min(self.access.connect_timeout_s, left),
-            read=min(self.access.read_timeout_s, left),
-        )
+        connect_s = min(self.access.connect_timeout_s, left, patience_s)
+        response_s = min(self.access.read_timeout_s, left, patience_s)
+        timeout = urllib3.Timeout(connect=connect_s, read=response_s)
         statistics.add_request()
         with contextlib.ExitStack() as stack:
             data: object = body
             if callable(body):
                 data = stack.enter_context(body())
-            response_s = min(self.access.read_timeout_s, left)
-            stack.enter_context(bounded(connect_s=left, response_s=response_s))
+            handshake_s = min(left, patience_s)
+            stack.enter_context(bounded(connect_s=handshake_s, response_s=response_s))
             try:
                 return self._pool(endpoint, url).urlopen(
                     method,
