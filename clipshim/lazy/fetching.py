@@ -175,6 +175,12 @@ class Service:
         self.name = name
         self.slots = PriorityPool(slots, kept=1 if slots > 1 else 0)
         self.breaker = Breaker(name)
+        self.avoided_until = 0.0  # trio time; it kept silent while another one could be asked
+
+    @property
+    def is_doubtful(self) -> bool:
+        """Whether others should be asked first."""
+        return self.breaker.is_open or trio.current_time() < self.avoided_until
 
 
 class RecentSpans:

@@ -10,7 +10,9 @@ are flown again until the reader's own deadline, unless the failure is of a kind
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import math
 import time
 from typing import TYPE_CHECKING, Protocol
 
@@ -50,6 +52,8 @@ WRONG = (DigestError, SpanDecodeError)
 LASTING = (*DENIALS, *WRONG)
 FAIL_FAST_S = 1.0  # after a denial readers get it at once, and no request is made
 RETRY_PAUSE_S = 0.1
+PATIENCE_S = 3.0  # with a registry whose slots are all taken, while another one has the layer too
+AVOIDED_S = 30.0  # a registry that kept silent, while another one may be asked
 # Flights whose every source sent wrong bytes, until the reader is told so. A broken proxy or cache
 # may be mended in a moment; a blob that is wrong for good costs 6 s, not the whole deadline.
 WRONG_FLIGHTS = 6
@@ -302,7 +306,7 @@ class LayerReader:
         if not sources:
             return self.without_source or LayerError("no image that is mounted has this layer")
         # one whose registry does not answer has its turn after those that may
-        sources.sort(key=lambda source: self._fetching.service(source.service).breaker.is_open)
+        sources.sort(key=self._is_doubtful)
         if len(sources) == 1:
             sources *= 2
         error: ClipError | None = None
@@ -315,8 +319,12 @@ class LayerReader:
                     break  # it did not answer: that is for the readers to try again
                 self.statistics.retries += 1
             try:
-                attempt = await self._attempt(source, run, flights, ticket)
-            except RegistryError as exc:  # its breaker is open
+                hurried = any(
+                    other.service != source.service and not self._is_doubtful(other)
+                    for other in sources[number + 1 :]
+                )
+                attempt = await self._attempt(source, run, flights, ticket, hurried)
+            except RegistryError as exc:  # it is not to be asked now
                 error = exc
                 continue
             error = attempt.cause or error
@@ -329,8 +337,16 @@ class LayerReader:
             self._denied = (trio.current_time() + FAIL_FAST_S, failure)
         return failure
 
+    def _is_doubtful(self, source: SpanSource) -> bool:
+        return self._fetching.service(source.service).is_doubtful
+
     async def _attempt(
-        self, source: SpanSource, run: list[Part], flights: dict[int, Flight], ticket: Ticket
+        self,
+        source: SpanSource,
+        run: list[Part],
+        flights: dict[int, Flight],
+        ticket: Ticket,
+        hurried: bool,
     ) -> Attempt:
         fetching = self._fetching
         service = fetching.service(source.service)
@@ -338,20 +354,33 @@ class LayerReader:
         while True:
             if service.breaker.is_open and ticket.priority != DEMAND:
                 raise RegistryError(f"{service.name} does not answer: {service.breaker.cause}")
-            async with service.slots.taken(1, ticket):
+            async with contextlib.AsyncExitStack() as stack:
+                with trio.move_on_after(PATIENCE_S if hurried else math.inf) as waiting:
+                    await stack.enter_async_context(service.slots.taken(1, ticket))
+                if waiting.cancelled_caught:
+                    raise RegistryError(f"{service.name} is busy")
+                if hurried and service.is_doubtful:
+                    raise RegistryError(f"{service.name} does not answer")
                 if service.breaker.try_turn():
                     try:
                         async with fetching.memory.taken(memory_needed(self.table, run), ticket):
-                            return await self._fetch_in_thread(source, run, flights, ticket)
+                            return await self._fetch_in_thread(
+                                source, run, flights, ticket, hurried
+                            )
                     finally:
                         service.breaker.abandoned()  # unless it was said how the attempt ended
             await service.breaker.wait_change(deadline)
 
     async def _fetch_in_thread(
-        self, source: SpanSource, run: list[Part], flights: dict[int, Flight], ticket: Ticket
+        self,
+        source: SpanSource,
+        run: list[Part],
+        flights: dict[int, Flight],
+        ticket: Ticket,
+        hurried: bool,
     ) -> Attempt:
         token = trio.lowlevel.current_trio_token()
-        breaker = self._fetching.service(source.service).breaker
+        service = self._fetching.service(source.service)
         statistics = self.statistics
 
         def land(span: int, data: bytes, stored: bool) -> None:
@@ -370,14 +399,19 @@ class LayerReader:
             set(flights),
             land,
             self._fetching.deadline_s,
+            hurried,
             limiter=self._fetching.thread_limiter,
             abandon_on_cancel=True,
         )
         await trio.lowlevel.checkpoint()  # what was landed before the end is delivered first
         if attempt.cause is None or isinstance(attempt.cause, LASTING):
-            breaker.succeeded()
+            service.breaker.succeeded()
+            service.avoided_until = 0.0
         elif isinstance(attempt.cause, RegistryError):
-            breaker.failed(attempt.cause.message)
+            if hurried and not attempt.fetched_bytes:  # it did not get the time to answer
+                service.avoided_until = trio.current_time() + AVOIDED_S
+            else:
+                service.breaker.failed(attempt.cause.message)
         statistics.requests += attempt.requests
         statistics.fetched_bytes += attempt.fetched_bytes
         statistics.fetch_s.observe(time.perf_counter() - began)

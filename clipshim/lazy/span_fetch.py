@@ -36,6 +36,7 @@ class Attempt:
 
     bad: dict[int, LayerError] = field(default_factory=dict)
     cause: ClipError | None = None
+    hurried: bool = False
     requests: int = 0
     fetched_bytes: int = 0
 
@@ -64,13 +65,14 @@ def fetch_run(
     wanted: set[int],
     land: Callable[[int, bytes, bool], None],
     deadline_s: float,
+    hurried: bool = False,
 ) -> Attempt:
     """Fetches the `wanted` spans of a run; `land` gets each as soon as it was verified.
 
-    `deadline_s` is what a reader has; long ranges take several requests.
+    `deadline_s` is what a reader has; long ranges take several requests. `hurried`: see SpanSource.
     Never raises for what sources and disks do.
     """
-    attempt = Attempt()
+    attempt = Attempt(hurried=hurried)
     whole: bytes | None = None
     start = run[0].start
     try:
@@ -93,7 +95,9 @@ def _fetch(
     source: SpanSource, start: int, length: int, deadline_s: float, attempt: Attempt
 ) -> bytes:
     attempt.requests += 1
-    data = source.fetch(start, length, time.monotonic() + attempt_s(length, deadline_s))
+    deadline = time.monotonic() + attempt_s(length, deadline_s)
+    hurried = attempt.hurried and not attempt.fetched_bytes
+    data = source.fetch(start, length, deadline, hurried=hurried)
     if len(data) != length:
         raise LayerError(f"{source.name}: bytes {start}+{length}: got {len(data)} bytes")
     attempt.fetched_bytes += length

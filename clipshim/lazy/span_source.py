@@ -28,9 +28,10 @@ class SpanSource(Protocol):
     @property
     def service(self) -> str: ...
 
-    def fetch(self, start: int, length: int, deadline: float) -> bytes:
+    def fetch(self, start: int, length: int, deadline: float, *, hurried: bool = False) -> bytes:
         """Exactly `length` stored bytes from `start`; `deadline` is time.monotonic() based.
 
+        `hurried`: there is another source, so one that keeps silent is given up after seconds.
         Raises ClipError with the cause, or OSError.
         """
         ...
@@ -57,9 +58,9 @@ class BlobSource:
         self._blobs = blobs
         self._blob = blob
 
-    def fetch(self, start: int, length: int, deadline: float) -> bytes:
+    def fetch(self, start: int, length: int, deadline: float, *, hurried: bool = False) -> bytes:
         """See SpanSource."""
-        return self._blobs.read_range(self._blob, start, length, deadline=deadline)
+        return self._blobs.read_range(self._blob, start, length, deadline=deadline, hurried=hurried)
 
     def window(self, span: Span) -> bytes | None:
         """See SpanSource."""
@@ -79,9 +80,9 @@ class EmbeddedSource:
         self._index = index
         self._layer = layer
 
-    def fetch(self, start: int, length: int, deadline: float) -> bytes:
+    def fetch(self, start: int, length: int, deadline: float, *, hurried: bool = False) -> bytes:
         """See SpanSource."""
-        del deadline  # a local file
+        del deadline, hurried  # a local file
         fd, offset, size = self._index.blob(self._layer)
         if start < 0 or start + length > size:
             raise LayerError(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 import zstandard
 
+from clipshim.errors import RegistryError
 from clipshim.index.model import LayerInfo, layer_key
 from clipshim.index.span_table import Span, SpanKind, SpanTable
 
@@ -88,11 +89,18 @@ class MadeSource:
         self.lie = False
         self.distrusted = 0
         self.gate: threading.Event | None = None
+        self.silent: threading.Event | None = None  # till then; those in a hurry do not wait
+        self.waited = 0
         self._lock = threading.Lock()
 
-    def fetch(self, start: int, length: int, deadline: float) -> bytes:
+    def fetch(self, start: int, length: int, deadline: float, *, hurried: bool = False) -> bytes:
         with self._lock:
             self.requests.append((start, length))
+        if self.silent and hurried:
+            raise RegistryError("no byte came")
+        if self.silent:
+            self.waited += 1
+            assert self.silent.wait(60)
         if self.gate is not None:
             assert self.gate.wait(60)
         if self.before is not None:

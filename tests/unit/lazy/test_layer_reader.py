@@ -179,6 +179,67 @@ def test_another_source_helps_out_when_one_lies(tmp_path: Path) -> None:
     trio.run(main)
 
 
+def test_a_silent_registry_is_not_waited_for_when_another_one_has_the_layer(
+    tmp_path: Path,
+) -> None:
+    layer = MadeLayer(4 * MIB)
+    dead = MadeSource(layer, service="dead.test")
+    dead.silent = threading.Event()
+    alive = MadeSource(layer, service="alive.test")
+
+    async def main() -> None:
+        async with reading(tmp_path, layer, dead, alive) as reader:
+            async with trio.open_nursery() as readers:
+                for span in range(0, 64, 2):
+                    readers.start_soon(reader.read, span * SPAN, 10)
+            assert reader.statistics.read_errors == 0
+            assert len(dead.requests) <= 8  # the slots, until the first of them knew
+            assert dead.waited == 0
+
+    trio.run(main)
+
+
+def test_a_registry_whose_slots_are_taken_is_not_waited_for_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layer_reader, "PATIENCE_S", 0.05)
+    layer = MadeLayer(4 * MIB)
+    dead = MadeSource(layer, service="dead.test")
+    dead.gate = gate = threading.Event()
+    alive = MadeSource(layer, service="alive.test")
+
+    async def main() -> None:
+        async with reading(tmp_path, layer, dead) as reader:
+            async with trio.open_nursery() as readers:
+                for span in range(0, 40, 2):
+                    readers.start_soon(reader.read, span * SPAN, 10)
+                with trio.fail_after(60):
+                    while len(dead.requests) < 8:
+                        await trio.sleep(0.01)
+                reader.add_source(alive)
+                assert bytes(await reader.read(60 * SPAN, 10)) == layer.data[60 * SPAN :][:10]
+                assert len(dead.requests) == 8
+                gate.set()
+
+    trio.run(main)
+
+
+def test_slow_registries_get_their_time_when_there_is_no_faster_one(tmp_path: Path) -> None:
+    layer = MadeLayer(MIB)
+    one, other = MadeSource(layer, service="one.test"), MadeSource(layer, service="other.test")
+    one.silent, other.silent = threading.Event(), threading.Event()
+    other.silent.set()  # it answers who waits
+
+    async def main() -> None:
+        async with reading(tmp_path, layer, one, other) as reader:
+            for span in range(0, 16, 2):
+                assert bytes(await reader.read(span * SPAN, 10)) == layer.data[span * SPAN :][:10]
+            assert len(one.requests) == 1
+            assert other.waited == len(other.requests)
+
+    trio.run(main)
+
+
 @pytest.mark.parametrize("lies", [1, 2, 4, 9])
 def test_some_lies_are_made_good_by_asking_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lies: int
