@@ -19,7 +19,12 @@ NAME = "clipshim"
 ANNOTATIONS = "io.clipshim.*"
 # podman 4.3's own list: naming the key replaces it.
 PODMAN_JSON_RUNTIMES = ["crun", "runc", "kata", "runsc", "youki", "krun"]
-CONTAINERD_CRI = {2: "io.containerd.grpc.v1.cri", 3: "io.containerd.cri.v1.runtime"}
+# configuration version: the plugin that knows CRI's runtimes. Version 4 came with containerd 2.3.
+CONTAINERD_CRI = {
+    2: "io.containerd.grpc.v1.cri",
+    3: "io.containerd.cri.v1.runtime",
+    4: "io.containerd.cri.v1.runtime",
+}
 
 
 def add_docker(text: str, runtime: str) -> str:
@@ -50,20 +55,20 @@ def remove_docker(text: str) -> str:
 
 
 def add_containerd(text: str, runtime: str) -> str:
-    """config.toml (version 2 or 3) with the runtime `clipshim` for CRI.
+    """config.toml (version 2, 3 or 4) with the runtime `clipshim` for CRI.
 
-    A missing file becomes version 2, which every containerd from 1.3 on reads. SystemdCgroup is
-    taken over from the runtime runc: containerd does not inherit it.
+    A file that sets nothing becomes version 2, which every containerd from 1.3 on reads.
+    SystemdCgroup is taken over from the runtime runc: containerd does not inherit it.
     """
     document = _toml(text, "config.toml")
-    if not text.strip():
+    if not document:
         document["version"] = 2
     version = document.get("version", 1)
     if version not in CONTAINERD_CRI:
-        raise ConfigError(
-            f"config.toml: version {version}: expected 2 or 3",
-            hint="run `containerd config migrate` first (containerd 1.7), or set version = 2",
-        )
+        hint = "name the runtime by hand, as integration/containerd/config-v3.toml does"
+        if version in (0, 1):
+            hint = "run `containerd config migrate` first (containerd 1.7), or set version = 2"
+        raise ConfigError(f"config.toml: version {version}: expected 2, 3 or 4", hint=hint)
     runtimes = _table(
         document, "plugins", CONTAINERD_CRI[int(version)], "containerd", "runtimes",
         where="config.toml",

@@ -41,6 +41,47 @@ CONTAINERD_V3 = """version = 3
 runtime_type = 'io.containerd.runc.v2'
 # the end
 """
+# as `containerd config default` of 2.4 writes it, with a drop-in directory and literal strings
+CONTAINERD_V4 = """version = 4
+root = '/var/lib/containerd'
+disabled_plugins = []
+imports = ['/etc/containerd/conf.d/*.toml']
+
+[debug]
+  level = ''
+
+[plugins]
+  [plugins.'io.containerd.cri.v1.images']
+    snapshotter = 'overlayfs'
+
+    [plugins.'io.containerd.cri.v1.images'.pinned_images]
+      sandbox = 'registry.example.com/pause:3.10.2'
+
+  [plugins.'io.containerd.cri.v1.runtime']
+    cdi_spec_dirs = ['/etc/cdi', '/var/run/cdi']
+
+    [plugins.'io.containerd.cri.v1.runtime'.containerd]
+      default_runtime_name = 'runc'
+
+      [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes]
+        [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc]
+          runtime_type = 'io.containerd.runc.v2'
+          pod_annotations = []
+          sandboxer = 'podsandbox'
+
+          [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc.options]
+            BinaryName = ''
+            SystemdCgroup = true
+
+    [plugins.'io.containerd.cri.v1.runtime'.cni]
+      bin_dirs = ['/opt/cni/bin']
+
+  [plugins.'io.containerd.grpc.v1.cri']
+    stream_server_port = '0'
+
+  [plugins.'io.containerd.server.v1.grpc']
+    address = '/run/containerd/containerd.sock'
+"""
 PODMAN = """# site policy
 [containers]
 log_driver = "k8s-file" # small
@@ -90,7 +131,15 @@ def test_a_daemon_json_that_dockerd_cannot_read_is_refused(text: str) -> None:
 
 @pytest.mark.parametrize(
     ("before", "cri"),
-    [("", CRI_V2), ("version = 2\n", CRI_V2), (CONTAINERD_V2, CRI_V2), (CONTAINERD_V3, CRI_V3)],
+    [
+        ("", CRI_V2),
+        ("# the administrator's note\n", CRI_V2),
+        ("version = 2\n", CRI_V2),
+        (CONTAINERD_V2, CRI_V2),
+        (CONTAINERD_V3, CRI_V3),
+        ("version = 4\n", CRI_V3),
+        (CONTAINERD_V4, CRI_V3),
+    ],
 )
 def test_containerd_gets_a_runtime_and_loses_it(before: str, cri: str) -> None:
     after = edit.add_containerd(before, RUNTIME)
@@ -101,7 +150,7 @@ def test_containerd_gets_a_runtime_and_loses_it(before: str, cri: str) -> None:
     assert edit.add_containerd(after, RUNTIME) == after
     removed = edit.remove_containerd(after)
     assert "clipshim" not in removed
-    if before.startswith("#") or cri == CRI_V3:
+    if before in (CONTAINERD_V2, CONTAINERD_V3, CONTAINERD_V4):
         assert tomllib.loads(removed) == tomllib.loads(before)
 
 
@@ -116,14 +165,15 @@ def test_containerd_keeps_its_default_runtime() -> None:
 
 
 def test_containerd_takes_the_cgroup_driver_from_runc() -> None:
-    runtimes = tomllib.loads(edit.add_containerd(CONTAINERD_V2, RUNTIME))["plugins"][CRI_V2][
-        "containerd"
-    ]["runtimes"]
-    assert runtimes["clipshim"]["options"]["SystemdCgroup"] is True
-    assert runtimes["runc"]["options"] == {"SystemdCgroup": True}
+    for before, cri in ((CONTAINERD_V2, CRI_V2), (CONTAINERD_V4, CRI_V3)):
+        plugins = tomllib.loads(edit.add_containerd(before, RUNTIME))["plugins"]
+        runtimes = plugins[cri]["containerd"]["runtimes"]
+        assert runtimes["clipshim"]["options"]["SystemdCgroup"] is True
+        was = tomllib.loads(before)["plugins"][cri]["containerd"]["runtimes"]
+        assert runtimes["runc"] == was["runc"]
 
 
-@pytest.mark.parametrize("before", [CONTAINERD_V2, CONTAINERD_V3])
+@pytest.mark.parametrize("before", [CONTAINERD_V2, CONTAINERD_V3, CONTAINERD_V4])
 def test_containerd_keeps_every_line(before: str) -> None:
     after = edit.add_containerd(before, RUNTIME).splitlines()
     missing = [line for line in before.splitlines() if line.strip() and line not in after]
@@ -135,6 +185,13 @@ def test_an_old_containerd_configuration_is_refused_with_a_way_out() -> None:
         edit.add_containerd('disabled_plugins = ["cri"]\n', RUNTIME)
     assert caught.value.hint is not None
     assert "migrate" in caught.value.hint
+
+
+def test_a_containerd_configuration_of_the_future_is_refused_without_bad_advice() -> None:
+    with pytest.raises(ConfigError, match="version 9: expected 2, 3 or 4") as caught:
+        edit.add_containerd("version = 9\n", RUNTIME)
+    assert caught.value.hint is not None
+    assert "migrate" not in caught.value.hint
 
 
 @pytest.mark.parametrize("before", ["", PODMAN, "# nothing but a comment\n"])
