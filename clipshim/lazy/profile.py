@@ -7,6 +7,7 @@ The next start fetches them ahead, in that order. Not for watching starts (the n
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -20,6 +21,7 @@ log = logging.getLogger(__name__)
 VERSION = 1
 MAX_ENTRIES = 20_000
 MAX_FILE = 1 << 20
+DRAFT = ".json.new"
 # A span that so many starts in a row did not touch is no longer part of the start.
 FORGET_AFTER = 5
 
@@ -77,7 +79,7 @@ def save_profile(directory: str, image_id: str, profile: Profile) -> None:
         "spans": profile.spans,
         "missed": profile.missed,
     }
-    temporary = f"{path}.new"
+    temporary = f"{directory}/{image_id}{DRAFT}"
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     with open(fd, "w") as file:
         json.dump(content, file, separators=(",", ":"))
@@ -89,6 +91,24 @@ def record_start(directory: str, image_id: str, touches: Sequence[tuple[int, int
     profile = merge(load_profile(directory, image_id), touches)
     save_profile(directory, image_id, profile)
     return profile
+
+
+def profile_files(directory: str) -> list[tuple[str, os.stat_result]]:
+    """The image IDs that have a profile, and what is known of its file."""
+    found = []
+    with contextlib.suppress(FileNotFoundError):
+        for entry in os.scandir(directory):
+            image_id = entry.name.removesuffix(".json")
+            if image_id != entry.name and _is_image_id(image_id):
+                with contextlib.suppress(FileNotFoundError):
+                    found.append((image_id, entry.stat(follow_symlinks=False)))
+    return found
+
+
+def remove_profile(directory: str, image_id: str) -> None:
+    """Forgets what was learned of an image. Raises OSError."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(_path(directory, image_id))
 
 
 def parse_entries(raw: object) -> list[tuple[int, int]]:
@@ -116,6 +136,10 @@ def within(entries: Iterable[tuple[int, int]], span_counts: Sequence[int]) -> li
 
 
 def _path(directory: str, image_id: str) -> str:
-    if not image_id or set(image_id) - set("0123456789abcdef"):
+    if not _is_image_id(image_id):
         raise ValueError(f"image ID {image_id!r}: not an image ID")
     return f"{directory}/{image_id}.json"
+
+
+def _is_image_id(name: str) -> bool:
+    return bool(name) and not set(name) - set("0123456789abcdef")

@@ -2,7 +2,8 @@
 
 Containers are container_cleanup.py's, in a process of its own. Here: trees that nobody uses,
 mounts and files of trees that no record describes, indexes that nobody named and nobody used for
-a week. Cached spans are the layer store's own business.
+a week, profiles of images whose index is gone as long, and the oldest ones beyond a bound. Cached
+spans are the layer store's own business.
 """
 
 import contextlib
@@ -16,6 +17,8 @@ from dataclasses import dataclass
 import trio
 
 from clipshim.errors import ClipError
+from clipshim.lazy.profile import DRAFT as PROFILE_DRAFT
+from clipshim.lazy.profile import profile_files, remove_profile
 from clipshim.mounts import mountinfo
 from clipshim.node.containers import read_containers
 from clipshim.node.node import Node
@@ -24,6 +27,9 @@ from clipshim.node.unpacked import remove_quietly
 log = logging.getLogger(__name__)
 
 INDEX_AGE_S = 7 * 86400.0
+PROFILE_AGE_S = 7 * 86400.0  # without its index; one that comes again finds what was learned
+MAX_PROFILES = 4096
+MAX_PROFILE_BYTES = 64 << 20  # of all; one of a large image has 50 kB
 DRAFT_AGE_S = 86400.0
 DRAFTS = (".new-", ".clip-", ".pull-")  # images.py, tree_records.py; clip_format.py; artifacts.py
 PAUSE_S = 900.0  # containers of engines that crashed are found without anybody asking
@@ -43,6 +49,35 @@ class IndexFile:
 def choose_indexes(files: list[IndexFile], age_s: float = INDEX_AGE_S) -> list[str]:
     """The digests of indexes to remove: neither named nor in use, and old."""
     return [f.digest for f in files if not f.named and not f.in_use and f.age_s > age_s]
+
+
+@dataclass(frozen=True)
+class ProfileFile:
+    """What is known of an image's starts, as the choice sees it."""
+
+    image_id: str
+    age_s: float  # since a container last started
+    size: int
+    has_index: bool
+
+
+def choose_profiles(
+    files: list[ProfileFile],
+    *,
+    age_s: float = PROFILE_AGE_S,
+    max_files: int = MAX_PROFILES,
+    max_bytes: int = MAX_PROFILE_BYTES,
+) -> list[str]:
+    """The image IDs whose profiles go: old and without an index, then the oldest of too many."""
+    victims = []
+    count = size = 0
+    for file in sorted(files, key=lambda file: file.age_s):
+        count, size = count + 1, size + file.size
+        orphan = not file.has_index and file.age_s > age_s
+        if orphan or count > max_files or size > max_bytes:
+            victims.append(file.image_id)
+            count, size = count - 1, size - file.size
+    return victims
 
 
 def choose_trees(found: set[str], known: set[str]) -> list[str]:
@@ -79,7 +114,12 @@ async def _collect(node: Node, *, dry_run: bool, unused_trees: bool) -> list[str
         removed.append(f"index {digest}")
         if not dry_run:
             await trio.to_thread.run_sync(node.images.remove, digest)
-    for directory in (node.images.directory, node.records.directory):
+    profiles = await trio.to_thread.run_sync(_profile_files, node)
+    for image_id in choose_profiles(profiles):
+        removed.append(f"profile {image_id}")
+        if not dry_run:
+            await trio.to_thread.run_sync(remove_profile, node.prefetching.profiles, image_id)
+    for directory in (node.images.directory, node.records.directory, node.prefetching.profiles):
         removed += await trio.to_thread.run_sync(remove_drafts, directory, dry_run)
     for text in removed:
         log.info("%s %s", "would remove" if dry_run else "removed", text)
@@ -163,12 +203,22 @@ def _index_files(node: Node, mounted: set[str]) -> list[IndexFile]:
     return files
 
 
+def _profile_files(node: Node) -> list[ProfileFile]:
+    with_index = {digest[7:39] for digest in node.images.digests()}
+    now = time.time()
+    return [
+        ProfileFile(image_id, now - status.st_mtime, status.st_size, image_id in with_index)
+        for image_id, status in profile_files(node.prefetching.profiles)
+    ]
+
+
 def remove_drafts(directory: str, dry_run: bool) -> list[str]:
     """Half-written files of processes that died."""
     removed = []
     with contextlib.suppress(FileNotFoundError):
         for entry in os.scandir(directory):
-            if not entry.name.startswith(DRAFTS) or entry.is_dir(follow_symlinks=False):
+            is_draft = entry.name.startswith(DRAFTS) or entry.name.endswith(PROFILE_DRAFT)
+            if not is_draft or entry.is_dir(follow_symlinks=False):
                 continue
             with contextlib.suppress(OSError):
                 if time.time() - entry.stat(follow_symlinks=False).st_mtime > DRAFT_AGE_S:

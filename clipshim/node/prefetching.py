@@ -36,7 +36,7 @@ class Prefetching:
         self._settings = settings
         self._nursery = nursery
         self._layers = layers
-        self._profiles = f"{settings.state_dir}/profiles"
+        self.profiles = f"{settings.state_dir}/profiles"
         self._scopes: dict[str, trio.CancelScope] = {}
         self._learning = trio.Lock()
 
@@ -48,7 +48,7 @@ class Prefetching:
     async def _learn(self, image_id: str, touches: Touches) -> None:
         try:
             async with self._learning:  # a profile is read, changed and written
-                await trio.to_thread.run_sync(record_start, self._profiles, image_id, touches)
+                await trio.to_thread.run_sync(record_start, self.profiles, image_id, touches)
         except OSError as exc:
             log.warning("profile of %s: %s", image_id, exc)
 
@@ -87,7 +87,7 @@ class Prefetching:
                 log.warning("prefetch of %s: %s", record.reference, exc)
 
     async def _order(self, image_id: str, index_path: str) -> Touches:
-        learned = await trio.to_thread.run_sync(load_profile, self._profiles, image_id)
+        learned = await trio.to_thread.run_sync(load_profile, self.profiles, image_id)
         if learned.spans:
             return learned.spans
         with await trio.to_thread.run_sync(open_index, index_path) as index:

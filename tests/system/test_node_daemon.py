@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -342,6 +343,19 @@ def test_a_start_is_learned_and_fetched_ahead_the_next_time(
         return int(fetch["ahead_spans"]) >= len(spans)
 
     wait_for("the profile's spans are fetched", fetched_ahead)
+
+
+def test_collection_forgets_what_was_learned_of_images_that_are_gone(node: Node) -> None:
+    profiles = node.state_dir / "profiles"
+    profiles.mkdir(mode=0o700, parents=True)
+    old = time.time() - 30 * 86400
+    for name in ("ab" * 16 + ".json", "ab" * 16 + ".json.new", "somebody else's"):
+        (profiles / name).write_text("{}")
+        os.utime(profiles / name, (old, old))
+    (profiles / ("cd" * 16 + ".json")).write_text("{}")
+    node.start()
+    node.call("gc", dry_run=False)  # unless the server's own was faster
+    assert sorted(os.listdir(profiles)) == ["cd" * 16 + ".json", "somebody else's"]
 
 
 def test_a_report_says_what_a_container_has_fetched(

@@ -209,17 +209,16 @@ def test_a_registry_whose_slots_are_taken_is_not_waited_for_either(
     alive = MadeSource(layer, service="alive.test")
 
     async def main() -> None:
-        async with reading(tmp_path, layer, dead) as reader:
-            async with trio.open_nursery() as readers:
-                for span in range(0, 40, 2):
-                    readers.start_soon(reader.read, span * SPAN, 10)
-                with trio.fail_after(60):
-                    while len(dead.requests) < 8:
-                        await trio.sleep(0.01)
-                reader.add_source(alive)
-                assert bytes(await reader.read(60 * SPAN, 10)) == layer.data[60 * SPAN :][:10]
-                assert len(dead.requests) == 8
-                gate.set()
+        async with reading(tmp_path, layer, dead) as reader, trio.open_nursery() as readers:
+            for span in range(0, 40, 2):
+                readers.start_soon(reader.read, span * SPAN, 10)
+            with trio.fail_after(60):
+                while len(dead.requests) < 8:
+                    await trio.sleep(0.01)
+            reader.add_source(alive)
+            assert bytes(await reader.read(60 * SPAN, 10)) == layer.data[60 * SPAN :][:10]
+            assert len(dead.requests) == 8
+            gate.set()
 
     trio.run(main)
 

@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from clipshim.node.cleanup import IndexFile, choose_indexes, choose_trees
+from clipshim.node.cleanup import (
+    IndexFile,
+    ProfileFile,
+    choose_indexes,
+    choose_profiles,
+    choose_trees,
+)
 from clipshim.node.container_cleanup import clean
 from clipshim.settings import Settings
 from clipshim.shim.state import ContainerLock
@@ -49,6 +55,23 @@ def test_only_old_indexes_that_nobody_named_or_uses_go() -> None:
         IndexFile("used", 100.0, named=False, in_use=True),
     ]
     assert choose_indexes(files, age_s=50.0) == ["old"]
+
+
+def test_profiles_without_an_index_go_when_they_are_old() -> None:
+    files = [
+        ProfileFile("old", 100.0, 10, has_index=False),
+        ProfileFile("young", 1.0, 10, has_index=False),
+        ProfileFile("kept", 100.0, 10, has_index=True),
+    ]
+    assert choose_profiles(files, age_s=50.0) == ["old"]
+
+
+def test_profiles_are_bounded_and_the_oldest_go_first() -> None:
+    files = [ProfileFile(str(n), float(n), 10, has_index=True) for n in range(10)]
+    assert choose_profiles(files, max_files=7) == ["7", "8", "9"]
+    assert choose_profiles(files, max_bytes=85) == ["8", "9"]
+    files.append(ProfileFile("big", 0.0, 100, has_index=True))
+    assert set(choose_profiles(files, max_bytes=85)) == {"big", "8", "9"}
 
 
 def test_only_trees_that_nobody_knows_go() -> None:
