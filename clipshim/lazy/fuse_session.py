@@ -16,34 +16,27 @@ deterministic inodes, handles without state.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import functools
 import logging
 import os
 import socket
-import struct
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import pyfuse3
 import trio
 
 from clipshim.errors import ClipError, MountError
+from clipshim.lazy import fuse_wire as wire
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
 
 log = logging.getLogger(__name__)
 
-# linux/fuse.h
-FUSE_INIT = 26
-FUSE_NOTIFY_RESEND = 7
 # What libfuse is told that the kernel can; 7.36 is the newest that libfuse 3.14 understands whole.
 LIBFUSE_FLAGS = 0x73FFFFFB
 MINOR = 36
-IN_HEADER = struct.Struct("<IIQQIIIHH")
-INIT_IN = struct.Struct("<IIII")
-OUT_HEADER = struct.Struct("<IiQ")
 SYNTHETIC_UNIQUE = 0x0FFFFFFFFFFFFFF0
 MAX_READ = 1 << 20
 # Every waiting request is a task; reads wait for as long as their registry does.
@@ -136,7 +129,7 @@ async def serve(
         nonlocal started, resend
         os.dup2(real_fd, fuse_fd)
         os.close(real_fd)
-        resend = request_resend(fuse_fd)
+        resend = wire.request_resend(fuse_fd)
         # A request can be withdrawn between poll and read; then read must not block the loop. The
         # price, a main loop that starts again, needs the resend.
         os.set_blocking(fuse_fd, not resend)
@@ -169,7 +162,7 @@ async def _main_loop(fuse_fd: int, *, resend: Callable[[], bool]) -> None:
                 log.error("FUSE main loop starts again", exc_info=exc)
                 await trio.sleep(0.1)  # whatever it is must not become a busy loop
             if resend():  # the handlers that were cancelled have not answered
-                request_resend(fuse_fd)
+                wire.request_resend(fuse_fd)
         else:
             return
 
@@ -180,19 +173,7 @@ def _is_only_eagain(exc: BaseException) -> bool:
     return isinstance(exc, OSError) and exc.errno == errno.EAGAIN
 
 
-def request_resend(fuse_fd: int) -> bool:
-    """Has the kernel queue again what was read and not answered. False before Linux 6.9."""
-    with contextlib.suppress(OSError):
-        os.write(fuse_fd, OUT_HEADER.pack(OUT_HEADER.size, FUSE_NOTIFY_RESEND, 0))
-        return True
-    log.warning(
-        "this kernel cannot send unanswered requests again: reads that were waiting when the"
-        " previous server died hang until their process is killed"
-    )
-    return False
-
-
 def _synthetic_init() -> bytes:
-    body = INIT_IN.pack(7, MINOR, MAX_READ, LIBFUSE_FLAGS) + bytes(48)
-    length = IN_HEADER.size + len(body)
-    return IN_HEADER.pack(length, FUSE_INIT, SYNTHETIC_UNIQUE, 0, 0, 0, 0, 0, 0) + body
+    body = wire.INIT_IN.pack(7, MINOR, MAX_READ, LIBFUSE_FLAGS) + bytes(48)
+    length = wire.IN_HEADER.size + len(body)
+    return wire.IN_HEADER.pack(length, wire.INIT, SYNTHETIC_UNIQUE, 0, 0, 0, 0, 0, 0) + body

@@ -1,45 +1,47 @@
-"""Mode fuse: a whole tree as a FUSE mount, straight from the EROFS image in the index.
+"""Mode fuse: a whole tree as a FUSE file system, straight from the EROFS image in the index.
 
-Nothing is parsed at mount and nothing has state: inode numbers come from the image, handles are
-inode numbers, so a process that is killed can be replaced. File data is read from the layer files
-(the layers mount, or a complete layer's file in the store). Not for fetching.
+Nothing is parsed at mount and nothing has state: a node's number comes from the image and there
+are no handles, so a process that is killed can be replaced. File data is read from the layer files
+(the layers mount, or a complete layer's file in the store). Answers requests; talking to the
+kernel is tree_session.py's. Not for fetching. Standard library only.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-import stat
+import threading
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-import pyfuse3
-import trio
-
 from clipshim.errors import LayerError
-from clipshim.lazy.fuse_session import StatelessOperations, handler, volume
-from clipshim.lazy.layers_fs import FOREVER_S
+from clipshim.lazy import fuse_wire as wire
 from clipshim.lazy.page_cache import is_cached
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from clipshim.index.erofs_read import ErofsImage
 
-ATTRIBUTES_CACHED = 32_768
-DIRECTORIES_CACHED = 64
-XATTRS_CACHED = 8_192
-# Reads that wait for a layer's registry hold a thread each; each layer has its own.
-THREADS_PER_LAYER = 32
-FIRST_NID = 2  # inode number of nid 0: 1 is the root's, 0 means "none" to FUSE
+DIRECTORIES_CACHED = 64  # long ones are listed in many requests
+FIRST_NID = 2  # node number of nid 0: 1 is the root's, 0 means "none" to FUSE
+BLOCK = 512
+NAME_MAX = 255
+DT_DIR = 4  # dirent.h
+
+Extent = tuple[int, int, int]  # device, offset, bytes
 
 
-class TreeOperations(StatelessOperations):
-    """FUSE operations over an ErofsImage and the files of its devices (device 1 first)."""
+class TreeFileSystem:
+    """Answers FUSE requests from an ErofsImage and the files of its devices (device 1 first)."""
 
-    def __init__(self, image: ErofsImage, device_paths: Sequence[str]) -> None:
-        """Raises LayerError if there are not as many files as the image has devices."""
-        super().__init__()
+    def __init__(
+        self, image: ErofsImage, device_paths: Sequence[str], *, no_opendir: bool = False
+    ) -> None:
+        """`no_opendir`: the kernel can be told never to ask for OPENDIR (Linux 5.1+).
+
+        Raises LayerError if there are not as many files as the image has devices.
+        """
         if len(device_paths) != image.device_count:
             raise LayerError(
                 f"tree: expected {image.device_count} layer files, got {len(device_paths)}"
@@ -48,10 +50,25 @@ class TreeOperations(StatelessOperations):
         self._paths = list(device_paths)
         self._fds: list[int | None] = [None] * len(device_paths)
         self._nowait = [hasattr(os, "RWF_NOWAIT")] * len(device_paths)
-        self._limiters = [trio.CapacityLimiter(THREADS_PER_LAYER) for _ in device_paths]
-        self._attributes = lru_cache(ATTRIBUTES_CACHED)(self._make_attributes)
+        self._no_opendir = no_opendir
         self._entries = lru_cache(DIRECTORIES_CACHED)(self._list)
-        self._xattrs = lru_cache(XATTRS_CACHED)(image.xattrs)
+        self._opening = threading.Lock()
+        # opcode → answers a node's number and what follows a request's header with a body
+        self.handlers: dict[int, Callable[[int, memoryview], bytes | bytearray]] = {
+            wire.LOOKUP: self._lookup,
+            wire.GETATTR: self._getattr,
+            wire.READLINK: self._readlink,
+            wire.OPEN: self._open,
+            wire.STATFS: self._statfs,
+            wire.RELEASE: self._nothing_to_do,
+            wire.GETXATTR: self._getxattr,
+            wire.LISTXATTR: self._listxattr,
+            wire.OPENDIR: self._opendir,
+            wire.READDIR: self._readdir,
+            wire.RELEASEDIR: self._nothing_to_do,
+            wire.DESTROY: self._nothing_to_do,
+            wire.READDIRPLUS: self._readdirplus,
+        }
 
     def close(self) -> None:
         """Closes the layer files."""
@@ -62,145 +79,145 @@ class TreeOperations(StatelessOperations):
 
     # -- metadata
 
-    def _nid(self, inode: int) -> int:
-        return self._image.root_nid if inode == pyfuse3.ROOT_INODE else inode - FIRST_NID
+    def _nid(self, node: int) -> int:
+        return self._image.root_nid if node == wire.ROOT else node - FIRST_NID
 
-    def _inode(self, nid: int) -> int:
-        return pyfuse3.ROOT_INODE if nid == self._image.root_nid else nid + FIRST_NID
+    def _node(self, nid: int) -> int:
+        return wire.ROOT if nid == self._image.root_nid else nid + FIRST_NID
 
-    def _make_attributes(self, nid: int) -> pyfuse3.EntryAttributes:
+    def _attributes(self, nid: int) -> bytes:
         found = self._image.stat(nid)
-        entry = pyfuse3.EntryAttributes()
-        entry.st_ino = pyfuse3.InodeT(self._inode(nid))
-        entry.st_mode = pyfuse3.ModeT(found.mode)
-        entry.st_nlink = found.nlink
-        entry.st_uid = found.uid
-        entry.st_gid = found.gid
-        entry.st_rdev = found.rdev
-        entry.st_size = found.size
-        entry.st_blocks = (found.size + 511) // 512
-        entry.st_blksize = 4096
-        entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = found.mtime_ns
-        entry.entry_timeout = FOREVER_S
-        entry.attr_timeout = FOREVER_S
-        return entry
+        seconds, nanoseconds = divmod(found.mtime_ns, 1_000_000_000)
+        return wire.ATTRIBUTES.pack(
+            self._node(nid),
+            found.size,
+            (found.size + BLOCK - 1) // BLOCK,
+            seconds,
+            seconds,
+            seconds,
+            nanoseconds,
+            nanoseconds,
+            nanoseconds,
+            found.mode,
+            found.nlink,
+            found.uid,
+            found.gid,
+            found.rdev,
+            4096,
+        )
 
-    def _list(self, nid: int) -> list[tuple[bytes, int]]:
+    def _lookup(self, node: int, body: memoryview) -> bytes:
+        nid = self._image.lookup(self._nid(node), bytes(body[:-1]))
+        if nid is None:
+            return wire.NO_ENTRY
+        return wire.entry(self._node(nid), self._attributes(nid))
+
+    def _getattr(self, node: int, body: memoryview) -> bytes:
+        return wire.ATTR_OUT_HEAD.pack(wire.FOREVER_S, 0) + self._attributes(self._nid(node))
+
+    def _readlink(self, node: int, body: memoryview) -> bytes:
+        return self._image.readlink(self._nid(node))
+
+    def _getxattr(self, node: int, body: memoryview) -> bytes:
+        name = bytes(body[wire.XATTR_IN.size : -1])
+        value = self._image.xattrs(self._nid(node)).get(name)
+        if value is None:
+            raise wire.Refusal(errno.ENODATA)
+        return _sized(value, body)
+
+    def _listxattr(self, node: int, body: memoryview) -> bytes:
+        names = self._image.xattrs(self._nid(node))
+        return _sized(b"".join(name + b"\0" for name in names), body)
+
+    def _opendir(self, node: int, body: memoryview) -> bytes:
+        if self._no_opendir:
+            # The kernel then opens directories itself from now on and keeps their listings.
+            raise wire.Refusal(errno.ENOSYS)
+        return wire.OPEN_OUT.pack(0, wire.KEEP_CACHE | wire.CACHE_DIR)
+
+    def _list(self, nid: int) -> list[tuple[bytes, int, int]]:
         image = self._image
         parent = image.lookup(nid, b"..")
-        dots = [(b".", nid), (b"..", image.root_nid if parent is None else parent)]
-        return dots + [(name, child) for name, child, _ in image.readdir(nid)]
+        dots = [
+            (b".", nid, DT_DIR),
+            (b"..", image.root_nid if parent is None else parent, DT_DIR),
+        ]
+        return dots + image.readdir(nid)
 
-    @handler
-    async def lookup(
-        self,
-        parent_inode: pyfuse3.InodeT,
-        name: pyfuse3.FileNameT,
-        ctx: pyfuse3.RequestContext,
-    ) -> pyfuse3.EntryAttributes:
-        """An entry; what is not there may be remembered by the kernel, the tree never changes."""
-        nid = self._image.lookup(self._nid(parent_inode), name)
-        return _nothing() if nid is None else self._attributes(nid)
+    def _readdir(self, node: int, body: memoryview) -> bytearray:
+        return self._listing(node, body, plus=False)
 
-    @handler
-    async def getattr(
-        self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext
-    ) -> pyfuse3.EntryAttributes:
-        """Attributes, with link counts, blocks and nanoseconds."""
-        return self._attributes(self._nid(inode))
+    def _readdirplus(self, node: int, body: memoryview) -> bytearray:
+        return self._listing(node, body, plus=True)
 
-    @handler
-    async def readlink(
-        self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext
-    ) -> pyfuse3.FileNameT:
-        """A symbolic link's target."""
-        return pyfuse3.FileNameT(self._image.readlink(self._nid(inode)))
-
-    @handler
-    async def getxattr(
-        self, inode: pyfuse3.InodeT, name: pyfuse3.XAttrNameT, ctx: pyfuse3.RequestContext
-    ) -> bytes:
-        """An extended attribute, security.capability among them."""
-        value = self._xattrs(self._nid(inode)).get(name)
-        if value is None:
-            raise pyfuse3.FUSEError(errno.ENODATA)
-        return value
-
-    @handler
-    async def listxattr(
-        self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext
-    ) -> Sequence[pyfuse3.XAttrNameT]:
-        """The names of all extended attributes."""
-        return [pyfuse3.XAttrNameT(name) for name in self._xattrs(self._nid(inode))]
-
-    @handler
-    async def opendir(
-        self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext
-    ) -> pyfuse3.FileHandleT:
-        """The handle is the inode: it survives the process."""
-        return pyfuse3.FileHandleT(inode)
-
-    @handler
-    async def readdir(
-        self, fh: pyfuse3.FileHandleT, start_id: int, token: pyfuse3.ReaddirToken
-    ) -> None:
-        """In the order of the image; positions are places in it."""
-        entries = self._entries(self._nid(fh))
-        for position in range(start_id, len(entries)):
-            name, nid = entries[position]
-            attributes = self._attributes(nid)
-            if not pyfuse3.readdir_reply(token, pyfuse3.FileNameT(name), attributes, position + 1):
+    def _listing(self, node: int, body: memoryview, *, plus: bool) -> bytearray:
+        # In the order of the image; positions are places in it.
+        _, start, size = wire.READ_IN.unpack_from(body)
+        entries = self._entries(self._nid(node))
+        listing = bytearray()
+        for position in range(start, len(entries)):
+            name, nid, kind = entries[position]
+            number = self._node(nid)
+            item = wire.dirent(number, position + 1, kind, name)
+            if plus:
+                # "." and ".." make no node in the kernel
+                found = wire.entry(number, self._attributes(nid)) if position > 1 else wire.NO_ENTRY
+                item = found + item
+            if len(listing) + len(item) > size:
                 break
+            listing += item
+        return listing
 
-    @handler
-    async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
-        """Sizes of the image; nothing is free."""
-        size = 512 * sum(self._image.device_blocks()) + self._image.length
-        return volume(size, self._image.inode_count)
+    def _statfs(self, node: int, body: memoryview) -> bytes:
+        blocks = sum(self._image.device_blocks()) + self._image.length // BLOCK
+        # nothing is free
+        return wire.STATFS_OUT.pack(
+            blocks, 0, 0, self._image.inode_count, 0, BLOCK, NAME_MAX, BLOCK
+        )
+
+    def _nothing_to_do(self, node: int, body: memoryview) -> bytes:
+        return b""
 
     # -- data
 
-    @handler
-    async def open(
-        self, inode: pyfuse3.InodeT, flags: pyfuse3.FlagT, ctx: pyfuse3.RequestContext
-    ) -> pyfuse3.FileInfo:
-        """The handle is the inode: it survives the process."""
-        if flags & os.O_ACCMODE != os.O_RDONLY:
-            raise pyfuse3.FUSEError(errno.EROFS)
-        if not stat.S_ISREG(self._attributes(self._nid(inode)).st_mode):
-            raise pyfuse3.FUSEError(errno.EINVAL)
-        return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(inode), keep_cache=True)
+    def _open(self, node: int, body: memoryview) -> bytes:
+        # The kernel opens files itself from now on and keeps what it has cached of them. It never
+        # asks for writing: the mount is read-only.
+        raise wire.Refusal(errno.ENOSYS)
 
-    @handler
-    async def read(self, fh: pyfuse3.FileHandleT, off: int, size: int) -> bytes:
-        """Bytes of a file, from wherever its extents say."""
-        extents = self._image.extents(self._nid(fh), off, size)
-        if len(extents) == 1:
-            data = await self._extent(*extents[0])
-        else:
-            data = bytearray()
-            for extent in extents:
-                data += await self._extent(*extent)
-        return data  # type: ignore[return-value]  # pyfuse3 takes any contiguous buffer
+    def extents(self, node: int, body: memoryview) -> list[Extent]:
+        """Where the bytes lie that a READ asks for; see ErofsImage.extents."""
+        _, offset, size = wire.READ_IN.unpack_from(body)
+        return self._image.extents(self._nid(node), offset, size)
 
-    async def _extent(self, device: int, offset: int, length: int) -> bytearray:
+    def read_without_waiting(self, extents: Sequence[Extent]) -> bytearray | None:
+        """The bytes, if all of them can be had without waiting for a layer's server."""
+        pieces = []
+        for device, offset, length in extents:
+            piece = self._without_waiting(device, offset, length)
+            if piece is None:
+                return None
+            pieces.append(piece)
+        return pieces[0] if len(pieces) == 1 else bytearray().join(pieces)
+
+    def read(self, extents: Sequence[Extent]) -> bytearray:
+        """The bytes. Waits for as long as the layers' server does; for threads."""
+        pieces = [self._extent(*extent) for extent in extents]
+        return pieces[0] if len(pieces) == 1 else bytearray().join(pieces)
+
+    def _inside(self, device: int, offset: int, length: int) -> bytearray:
         if device < 0:
             return bytearray(length)
-        if device == 0:
-            return bytearray(self._image.buffer[offset : offset + length])
+        return bytearray(self._image.buffer[offset : offset + length])
+
+    def _without_waiting(self, device: int, offset: int, length: int) -> bytearray | None:
+        if device <= 0:
+            return self._inside(device, offset, length)
         number = device - 1
         fd = self._fds[number]
-        if fd is not None:
-            data = self._without_waiting(number, fd, offset, length)
-            if data is not None:
-                return data
-        return await trio.to_thread.run_sync(
-            self._pread, number, offset, length, limiter=self._limiters[number]
-        )
-
-    def _without_waiting(self, number: int, fd: int, offset: int, length: int) -> bytearray | None:
+        if fd is None:
+            return None  # opening waits too
         if not self._nowait[number]:
-            # A thread costs as much as the rest of the request.
             return self._pread(number, offset, length) if is_cached(fd, offset, length) else None
         data = bytearray(length)
         try:
@@ -214,18 +231,22 @@ class TreeOperations(StatelessOperations):
             self._nowait[number] = False
         return None
 
+    def _extent(self, device: int, offset: int, length: int) -> bytearray:
+        if device <= 0:
+            return self._inside(device, offset, length)
+        return self._pread(device - 1, offset, length)
+
     def _pread(self, number: int, offset: int, length: int) -> bytearray:
         fd = self._fds[number]
         if fd is None:
-            # In the thread: opening waits for the server of the layers mount. Two threads may
-            # open the same file; the loser's descriptor is closed.
+            # Two threads may open the same file; the loser's descriptor is closed.
             opened = os.open(self._paths[number], os.O_RDONLY | os.O_CLOEXEC)
-            if self._fds[number] is None:
-                self._fds[number] = opened
-            else:
-                os.close(opened)
-            fd = self._fds[number]
-            assert fd is not None
+            with self._opening:
+                fd = self._fds[number]
+                if fd is None:
+                    fd = self._fds[number] = opened
+                else:
+                    os.close(opened)
         data = bytearray(length)
         view = memoryview(data)
         done = 0
@@ -239,10 +260,11 @@ class TreeOperations(StatelessOperations):
         return data
 
 
-def _nothing() -> pyfuse3.EntryAttributes:
-    # Inode 0 is FUSE's way of letting the kernel remember that there is nothing.
-    entry = pyfuse3.EntryAttributes()
-    entry.st_ino = pyfuse3.InodeT(0)
-    entry.entry_timeout = FOREVER_S
-    entry.attr_timeout = FOREVER_S
-    return entry
+def _sized(value: bytes, body: memoryview) -> bytes:
+    """What GETXATTR and LISTXATTR answer: the value, or its size if that is asked for."""
+    (size,) = wire.XATTR_IN.unpack_from(body)
+    if size == 0:
+        return wire.XATTR_OUT.pack(len(value))
+    if len(value) > size:
+        raise wire.Refusal(errno.ERANGE)
+    return value

@@ -9,34 +9,23 @@ import contextlib
 import errno
 import os
 import select
-import struct
+from typing import NamedTuple
 
+from clipshim.lazy import fuse_wire as wire
 from clipshim.mounts import mountinfo, syscalls
 
-FUSE_INIT = 26
 FUSE_KERNEL_VERSION = 7
 FUSE_MINOR = 31  # what is spoken here; max_pages came with 7.28
-IN_HEADER = struct.Struct("<IIQQIIIHH")
-INIT_IN = struct.Struct("<IIII")
-OUT_HEADER = struct.Struct("<IiQ")
-INIT_OUT = struct.Struct("<IIIIHHIIHHI28x")
 READ_BUFFER = 64 << 10  # more than FUSE_MIN_READ_BUFFER
 
-FUSE_ASYNC_READ = 1 << 0
-FUSE_ATOMIC_O_TRUNC = 1 << 3
-FUSE_DO_READDIRPLUS = 1 << 13  # without _AUTO: pyfuse3 answers no plain READDIR
-FUSE_ASYNC_DIO = 1 << 15
-FUSE_PARALLEL_DIROPS = 1 << 18
-FUSE_MAX_PAGES = 1 << 22
-FUSE_CACHE_SYMLINKS = 1 << 23
 WANTED = (
-    FUSE_ASYNC_READ
-    | FUSE_ATOMIC_O_TRUNC
-    | FUSE_DO_READDIRPLUS
-    | FUSE_ASYNC_DIO
-    | FUSE_PARALLEL_DIROPS
-    | FUSE_MAX_PAGES
-    | FUSE_CACHE_SYMLINKS
+    wire.ASYNC_READ
+    | wire.ATOMIC_O_TRUNC
+    | wire.DO_READDIRPLUS  # without _AUTO: pyfuse3 answers no plain READDIR
+    | wire.ASYNC_DIO
+    | wire.PARALLEL_DIROPS
+    | wire.MAX_PAGES
+    | wire.CACHE_SYMLINKS
 )
 MAX_PAGES = 256  # 1 MiB a request, the kernel's own bound
 MAX_WRITE = 128 << 10  # nothing is written; bounds the buffer a reader of the fd must bring
@@ -46,8 +35,15 @@ MAX_BACKGROUND = 4096
 INIT_TIMEOUT_MS = 30_000
 
 
-def mount_fuse(target: str, *, nosuid: bool) -> int:
-    """Mounts a new FUSE connection read-only at `target`; returns its descriptor, initialised.
+class Connection(NamedTuple):
+    """A connection that is initialised: its descriptor, and what the kernel can (INIT's flags)."""
+
+    fd: int
+    kernel_flags: int
+
+
+def mount_fuse(target: str, *, nosuid: bool) -> Connection:
+    """Mounts a new FUSE connection read-only at `target`.
 
     Raises OSError; nothing stays mounted then.
     """
@@ -57,34 +53,36 @@ def mount_fuse(target: str, *, nosuid: bool) -> int:
         data = f"fd={fd},rootmode=40000,user_id=0,group_id=0,allow_other,default_permissions"
         syscalls.mount("clipshim", target, "fuse.clipshim", flags, data)
         try:
-            _answer_init(fd)
+            kernel_flags = _answer_init(fd)
         except BaseException:
             syscalls.umount2(target, syscalls.MNT_DETACH)
             raise
     except BaseException:
         os.close(fd)
         raise
-    return fd
+    return Connection(fd, kernel_flags)
 
 
-def _answer_init(fd: int) -> None:
+def _answer_init(fd: int) -> int:
     poller = select.poll()
     poller.register(fd, select.POLLIN)
     if not poller.poll(INIT_TIMEOUT_MS):
         raise TimeoutError(errno.ETIMEDOUT, "the kernel sent no FUSE_INIT")
     request = os.read(fd, READ_BUFFER)
-    length, opcode, unique, *_ = IN_HEADER.unpack_from(request)
-    if opcode != FUSE_INIT or length != len(request):
+    length, opcode, unique, *_ = wire.IN_HEADER.unpack_from(request)
+    if opcode != wire.INIT or length != len(request):
         raise OSError(errno.EPROTO, f"expected FUSE_INIT, got opcode {opcode}")
-    reply = init_reply(*INIT_IN.unpack_from(request, IN_HEADER.size))
-    os.write(fd, OUT_HEADER.pack(OUT_HEADER.size + len(reply), 0, unique) + reply)
+    fields = wire.INIT_IN.unpack_from(request, wire.IN_HEADER.size)
+    os.writev(fd, wire.reply(unique, init_reply(*fields)))
+    kernel_flags: int = fields[3]
+    return kernel_flags
 
 
 def init_reply(major: int, minor: int, max_readahead: int, flags: int) -> bytes:
     """The body of the answer to a FUSE_INIT request with these fields."""
     if major != FUSE_KERNEL_VERSION:
         raise OSError(errno.EPROTO, f"expected FUSE protocol 7, got {major}.{minor}")
-    return INIT_OUT.pack(
+    return wire.INIT_OUT.pack(
         FUSE_KERNEL_VERSION,
         min(minor, FUSE_MINOR),
         max_readahead,
@@ -93,7 +91,7 @@ def init_reply(major: int, minor: int, max_readahead: int, flags: int) -> bytes:
         MAX_BACKGROUND * 3 // 4,
         MAX_WRITE,
         1,  # time granularity: nanoseconds
-        MAX_PAGES if flags & FUSE_MAX_PAGES else 0,
+        MAX_PAGES if flags & wire.MAX_PAGES else 0,
         0,
         0,
     )

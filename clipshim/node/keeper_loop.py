@@ -16,6 +16,7 @@ import time
 from typing import Any
 
 from clipshim.errors import DaemonError
+from clipshim.lazy import fuse_wire
 from clipshim.mounts import mountinfo, syscalls
 from clipshim.node import fuse_connection, own_cgroup, sd_notify
 from clipshim.node.children import Child
@@ -253,9 +254,11 @@ class Keeper:
         image_id, target = str(message["image_id"]), str(message["target"])
         if image_id in self.trees:
             raise DaemonError(f"tree {image_id} is being shown already")
-        fd = fuse_connection.mount_fuse(target, nosuid=False)
+        fd, kernel_flags = fuse_connection.mount_fuse(target, nosuid=False)
         self.tree_fds[image_id] = fd
-        self.state.trees[image_id] = TreeState(target, dict(message["config"]))
+        no_opendir = bool(kernel_flags & fuse_wire.NO_OPENDIR_SUPPORT)
+        config = dict(message["config"]) | {"no_opendir": no_opendir}
+        self.state.trees[image_id] = TreeState(target, config)
         self.trees[image_id] = Child(image_id)
         sd_notify.store_fd(f"tree-{image_id}", fd)
         fuse_connection.set_readahead(target, READAHEAD_KIB)
@@ -405,7 +408,7 @@ def unmount_all(target: str) -> None:
 def mount_layers(settings: Settings) -> int:
     """The connection of the layers mount; -1 without FUSE, if images may be unpacked instead."""
     try:
-        fd = fuse_connection.mount_fuse(settings.layers_mount, nosuid=True)
+        fd = fuse_connection.mount_fuse(settings.layers_mount, nosuid=True).fd
     except OSError as exc:
         if settings.fallback != "unpack":
             raise DaemonError(

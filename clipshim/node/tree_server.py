@@ -12,12 +12,10 @@ import signal
 import sys
 from typing import Any
 
-import trio
-
 from clipshim.errors import ClipError
 from clipshim.index.erofs_read import ErofsImage
-from clipshim.lazy.fuse_session import serve
-from clipshim.lazy.tree_fs import TreeOperations
+from clipshim.lazy.tree_fs import TreeFileSystem
+from clipshim.lazy.tree_session import TreeSession
 from clipshim.node.logs import configure
 from clipshim.node.processes import raise_limits
 from clipshim.settings import load_settings
@@ -25,24 +23,16 @@ from clipshim.settings import load_settings
 log = logging.getLogger("clipshim.node.tree_server")
 
 
-async def _run(config: dict[str, Any]) -> None:
+def _serve(config: dict[str, Any]) -> None:
     fd = os.open(config["tree"], os.O_RDONLY | os.O_CLOEXEC)
     try:
         image = ErofsImage(mmap.mmap(fd, 0, prot=mmap.PROT_READ))
     finally:
         os.close(fd)
-    operations = TreeOperations(image, config["devices"])
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(_cancel_on_signal, nursery.cancel_scope)
-        await serve(operations, config["fuse_fd"])
-        nursery.cancel_scope.cancel()
-
-
-async def _cancel_on_signal(scope: trio.CancelScope) -> None:
-    with trio.open_signal_receiver(signal.SIGTERM) as signals:
-        async for _ in signals:
-            scope.cancel()
-            return
+    files = TreeFileSystem(image, config["devices"], no_opendir=config.get("no_opendir", False))
+    session = TreeSession(files, config["fuse_fd"])
+    signal.signal(signal.SIGTERM, lambda *_: session.stop())
+    session.serve()
 
 
 def main() -> int:
@@ -54,11 +44,12 @@ def main() -> int:
     try:
         settings = load_settings()
         configure(settings.log_format, settings.log_level)
-        trio.run(_run, config)
+        _serve(config)
     except (ClipError, OSError) as exc:
         log.error("%s", exc, extra={"image_id": config.get("image_id")})
         return 1
-    return 0
+    # Not through the interpreter's end, which waits for threads that wait for a layer's server.
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ class FuseMount:
     def __init__(self, mountpoint: Path) -> None:
         self.mountpoint = mountpoint
         mountpoint.mkdir()
-        self.fd = fuse_connection.mount_fuse(str(mountpoint), nosuid=False)
+        self.fd = fuse_connection.mount_fuse(str(mountpoint), nosuid=False).fd
         self.servers: list[subprocess.Popen[bytes]] = []
 
     def __enter__(self) -> FuseMount:

@@ -27,7 +27,7 @@ def silent_mount(tmp_path: Path) -> Iterator[Path]:
     """A FUSE mount whose server never answers; at the end the connection breaks."""
     target = tmp_path / "silent"
     target.mkdir()
-    fd = mount_fuse(str(target), nosuid=True)
+    fd = mount_fuse(str(target), nosuid=True).fd
     yield target
     os.close(fd)
     while hanging_helpers:

@@ -10,7 +10,7 @@ import pytest
 import trio
 
 from clipshim.errors import NotFoundError, RegistryError
-from clipshim.lazy import fuse_session
+from clipshim.lazy import fuse_session, fuse_wire
 from clipshim.lazy.fuse_session import handler
 
 
@@ -68,7 +68,7 @@ class Cancelled:
 
 def test_a_kernel_without_resend_is_no_error(tmp_path: object) -> None:
     with open(os.devnull, "rb") as file:  # cannot be written
-        assert not fuse_session.request_resend(file.fileno())
+        assert not fuse_wire.request_resend(file.fileno())
 
 
 def test_the_main_loop_starts_again_whatever_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,7 +90,7 @@ def test_the_main_loop_starts_again_whatever_ends_it(monkeypatch: pytest.MonkeyP
         return True
 
     monkeypatch.setattr("pyfuse3.main", main_once)
-    monkeypatch.setattr(fuse_session, "request_resend", resend)
+    monkeypatch.setattr(fuse_wire, "request_resend", resend)
 
     async def main() -> None:
         await fuse_session._main_loop(7, resend=lambda: True)

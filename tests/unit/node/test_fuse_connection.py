@@ -7,6 +7,7 @@ import struct
 
 import pytest
 
+from clipshim.lazy import fuse_wire
 from clipshim.node import fuse_connection
 from clipshim.node.fuse_connection import init_reply
 
@@ -25,9 +26,9 @@ def test_a_modern_kernel_gets_what_is_wanted_and_no_more() -> None:
 
 
 def test_an_old_kernel_is_offered_nothing_it_does_not_know() -> None:
-    reply = init_reply(7, 26, 4096, fuse_connection.FUSE_ASYNC_READ)
+    reply = init_reply(7, 26, 4096, fuse_wire.ASYNC_READ)
     _, minor, _, flags = struct.unpack_from("<IIII", reply)
-    assert (minor, flags) == (26, fuse_connection.FUSE_ASYNC_READ)
+    assert (minor, flags) == (26, fuse_wire.ASYNC_READ)
     assert struct.unpack_from("<H", reply, 28) == (0,)
 
 
