@@ -110,61 +110,72 @@ def _reportable(number: int | None) -> int:
     return errno.EIO if not number or number == errno.ENOSYS else number
 
 
-async def serve(
-    ops: pyfuse3.Operations,
-    fuse_fd: int,
-    *,
-    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
-) -> None:
-    """Serves the connection until it is unmounted or the task is cancelled.
+class FuseSession:
+    """One connection's service. One a process: pyfuse3 keeps its session in module globals."""
 
-    `task_status` is told when requests are being answered. Neither unmounts nor closes `fuse_fd`.
-    One call a process: pyfuse3 keeps its session in module globals. Raises MountError if the
-    connection is gone.
-    """
-    real_fd = os.dup(fuse_fd)
-    started = resend = False
+    def __init__(self, ops: pyfuse3.Operations, fuse_fd: int) -> None:
+        self._ops = ops
+        self._fd = fuse_fd
+        self._can_resend = True
+        self._serving = False
 
-    def init() -> None:
-        nonlocal started, resend
-        os.dup2(real_fd, fuse_fd)
-        os.close(real_fd)
-        resend = wire.request_resend(fuse_fd)
-        # A request can be withdrawn between poll and read; then read must not block the loop. The
-        # price, a main loop that starts again, needs the resend.
-        os.set_blocking(fuse_fd, not resend)
-        started = True
-        task_status.started()
+    async def serve(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Serves the connection until it is unmounted, or finished, or the task is cancelled.
 
-    ops.init = init  # type: ignore[method-assign]
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with ours:
-        os.dup2(theirs.fileno(), fuse_fd)
-        theirs.close()
-        ours.send(_synthetic_init())
-        pyfuse3.init(ops, f"/dev/fd/{fuse_fd}", set())
-        try:
-            await _main_loop(fuse_fd, resend=lambda: resend)
-        finally:
-            if not started:
-                os.dup2(real_fd, fuse_fd)
-                os.close(real_fd)
-    if not started:
-        raise MountError("the FUSE session ended before its first request")
+        `task_status` is told when requests are being answered. Neither unmounts nor closes the
+        descriptor. Raises MountError if the connection is gone.
+        """
+        fuse_fd = self._fd
+        real_fd = os.dup(fuse_fd)
 
+        def init() -> None:
+            os.dup2(real_fd, fuse_fd)
+            os.close(real_fd)
+            self._can_resend = wire.request_resend(fuse_fd)
+            # A request can be withdrawn between poll and read; then read must not block the loop.
+            # The price, a main loop that starts again, needs the resend.
+            os.set_blocking(fuse_fd, not self._can_resend)
+            self._serving = True
+            task_status.started()
 
-async def _main_loop(fuse_fd: int, *, resend: Callable[[], bool]) -> None:
-    while True:
-        try:
-            await pyfuse3.main(max_tasks=MAX_TASKS)
-        except Exception as exc:
-            if not _is_only_eagain(exc):
-                log.error("FUSE main loop starts again", exc_info=exc)
-                await trio.sleep(0.1)  # whatever it is must not become a busy loop
-            if resend():  # the handlers that were cancelled have not answered
-                wire.request_resend(fuse_fd)
-        else:
-            return
+        self._ops.init = init  # type: ignore[method-assign]
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with ours:
+            os.dup2(theirs.fileno(), fuse_fd)
+            theirs.close()
+            ours.send(_synthetic_init())
+            pyfuse3.init(self._ops, f"/dev/fd/{fuse_fd}", set())
+            try:
+                await self._main_loop()
+            finally:
+                if not self._serving:
+                    os.dup2(real_fd, fuse_fd)
+                    os.close(real_fd)
+        if not self._serving:
+            raise MountError("the FUSE session ended before its first request")
+
+    def finish(self) -> bool:
+        """Has `serve` take no more requests, and return when what it took is answered.
+
+        Does nothing and returns False where the next server gets what is left unanswered.
+        """
+        if self._can_resend or not self._serving:
+            return False
+        pyfuse3.terminate()
+        return True
+
+    async def _main_loop(self) -> None:
+        while True:
+            try:
+                await pyfuse3.main(max_tasks=MAX_TASKS)
+            except Exception as exc:
+                if not _is_only_eagain(exc):
+                    log.error("FUSE main loop starts again", exc_info=exc)
+                    await trio.sleep(0.1)  # whatever it is must not become a busy loop
+                if self._can_resend:  # the handlers that were cancelled have not answered
+                    wire.request_resend(self._fd)
+            else:
+                return
 
 
 def _is_only_eagain(exc: BaseException) -> bool:

@@ -32,7 +32,7 @@ THREADS_PER_LAYER = 32
 UNANSWERED = frozenset((wire.FORGET, wire.BATCH_FORGET, wire.INTERRUPT))
 GONE = frozenset((errno.ENODEV, errno.ECONNABORTED))  # unmounted everywhere; aborted
 # What a stop waits for answers that are under way, where nobody else can give them.
-DRAIN_S = 5.0
+DRAIN_S = 15.0
 
 
 class _Stop(BaseException):

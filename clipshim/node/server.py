@@ -13,7 +13,7 @@ import sys
 import trio
 
 from clipshim.errors import ClipError
-from clipshim.lazy.fuse_session import serve
+from clipshim.lazy.fuse_session import FuseSession
 from clipshim.lazy.layers_fs import LayersOperations
 from clipshim.node.cleanup import keep_clean
 from clipshim.node.keeper import resolve_directories
@@ -44,7 +44,9 @@ async def run(settings: Settings, arguments: str) -> None:
             nursery.start_soon(_end_on_signal, life)
             nursery.start_soon(keeper.run)
             if fds["layers"] >= 0:
-                nursery.start_soon(_serve_layers, node, fds["layers"], nursery.cancel_scope)
+                session = FuseSession(LayersOperations(node.layers), fds["layers"])
+                life.serves(session)
+                nursery.start_soon(_serve_layers, session, life)
             else:
                 node.lazy = False
             await node.take_over(records)
@@ -65,10 +67,9 @@ async def run(settings: Settings, arguments: str) -> None:
                 await trio.to_thread.run_sync(node.close, abandon_on_cancel=True)
 
 
-async def _serve_layers(node: Node, fuse_fd: int, scope: trio.CancelScope) -> None:
-    await serve(LayersOperations(node.layers), fuse_fd)
-    log.warning("the layers mount is gone")
-    scope.cancel()
+async def _serve_layers(session: FuseSession, life: ServerLife) -> None:
+    await session.serve()
+    life.served()
 
 
 async def _serve_metrics(node: Node) -> None:

@@ -5,11 +5,15 @@ import logging
 import trio
 
 from clipshim.errors import DaemonError
+from clipshim.lazy.fuse_session import FuseSession
 from clipshim.node.control import Message
 from clipshim.node.keeper_link import KeeperLink
 from clipshim.node.tree_mounts import TreeMounts
 
 log = logging.getLogger(__name__)
+
+# For reads that nobody else could answer (Linux before 6.9); the keeper kills after 20.
+FINISH_S = 15.0
 
 
 class ServerLife:
@@ -20,6 +24,8 @@ class ServerLife:
         self._scope = scope
         self._trees: TreeMounts | None = None
         self._recovered = trio.Event()
+        self._session: FuseSession | None = None
+        self._ending = False
 
     def recovered(self, trees: TreeMounts) -> None:
         """From now on it is known who uses what."""
@@ -48,9 +54,22 @@ class ServerLife:
         log.info("stopping", extra={"left_mounted": len(in_use)})
         self.end_soon()
 
+    def serves(self, session: FuseSession) -> None:
+        """This session is to be finished before the end."""
+        self._session = session
+
+    def served(self) -> None:
+        """The session is over."""
+        if not self._ending:
+            log.warning("the layers mount is gone")
+        self._scope.cancel()
+
     def end_soon(self) -> None:
-        """Ends this server; the answer that is being written still goes out."""
-        self._scope.deadline = min(self._scope.deadline, trio.current_time() + 0.2)
+        """Ends this server; the answers that are being written still go out."""
+        self._ending = True
+        finishing = self._session is not None and self._session.finish()
+        wait_s = FINISH_S if finishing else 0.2
+        self._scope.deadline = min(self._scope.deadline, trio.current_time() + wait_s)
 
     async def on_order(self, message: Message) -> None:
         """What the keeper wants."""

@@ -1,20 +1,24 @@
 """A program that serves one made layer over an inherited /dev/fuse descriptor.
 
-    python lazy_server.py FUSE_FD STORE SIZE FORM LOG
+    python lazy_server.py FUSE_FD STORE SIZE FORM LOG [GATE]
 
-Appends "ready" to LOG when requests are answered, and one line a fetch. A stand-in for the node
-daemon's server in tests of the mount alone.
+Appends "ready" to LOG when requests are answered, and one line a fetch. Finishes its session on
+SIGTERM. With GATE it takes the kernel for one that cannot send requests again, and no fetch goes
+on until that file exists. A stand-in for the node daemon's server in tests of the mount alone.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import time
 
 import trio
 
+from clipshim.lazy import fuse_wire
 from clipshim.lazy.fetching import Fetching
-from clipshim.lazy.fuse_session import serve
+from clipshim.lazy.fuse_session import FuseSession
 from clipshim.lazy.layer_reader import LayerReader
 from clipshim.lazy.layer_store import LayerStore
 from clipshim.lazy.layers_fs import LayersOperations, layer_inode
@@ -38,11 +42,19 @@ class OneLayer:
         return [self._reader.key]
 
 
-async def main(fuse_fd: int, *, store_path: str, size: int, form: Form, log: str) -> None:
+async def main(
+    fuse_fd: int, *, store_path: str, size: int, form: Form, log: str, gate: str | None
+) -> None:
     layer = MadeLayer(size, form=form)
     source = MadeSource(layer)
     log_fd = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    source.before = lambda start: _say(log_fd, f"fetch {start}")
+
+    def before(start: int) -> None:  # in a thread
+        _say(log_fd, f"fetch {start}")
+        while gate is not None and not os.path.exists(gate):
+            time.sleep(0.01)
+
+    source.before = before
     settings = Settings({"cache_bytes": 1 << 30})
     store = LayerStore(store_path, limit_bytes=settings.cache_bytes)
     async with trio.open_nursery() as nursery:
@@ -52,10 +64,16 @@ async def main(fuse_fd: int, *, store_path: str, size: int, form: Form, log: str
         reader.add_source(source)
 
         async def run(task_status: trio.TaskStatus[None]) -> None:
-            operations = LayersOperations(OneLayer(reader))
-            await serve(operations, fuse_fd, task_status=task_status)
+            await session.serve(task_status=task_status)
             nursery.cancel_scope.cancel()
 
+        async def finish_on_signal() -> None:
+            with trio.open_signal_receiver(signal.SIGTERM) as signals:
+                async for _ in signals:
+                    _say(log_fd, f"finishing {session.finish()}")
+
+        session = FuseSession(LayersOperations(OneLayer(reader)), fuse_fd)
+        nursery.start_soon(finish_on_signal)
         await nursery.start(run)
         _say(log_fd, "ready")
 
@@ -65,7 +83,9 @@ def _say(fd: int, line: str) -> None:
 
 
 if __name__ == "__main__":
-    _, fd_text, store_text, size_text, form_text, log_text = sys.argv
+    _, fd_text, store_text, size_text, form_text, log_text, *gates = sys.argv
+    if gates:
+        fuse_wire.request_resend = lambda fuse_fd: False
     trio.run(
         lambda: main(
             int(fd_text),
@@ -73,5 +93,6 @@ if __name__ == "__main__":
             size=int(size_text),
             form=form_text,  # type: ignore[arg-type]
             log=log_text,
+            gate=gates[0] if gates else None,
         )
     )

@@ -43,10 +43,11 @@ class Served:
         self._arguments = [str(base / "store"), str(size), form, str(self.log)]
         self._starts = 0
 
-    def start(self) -> None:
+    def start(self, *gate: str) -> subprocess.Popen[bytes]:
         self._starts += 1
-        self.mount.start("tests.system.lazy_server", self._arguments)
+        server = self.mount.start("tests.system.lazy_server", [*self._arguments, *gate])
         wait_for_line(self.log, "ready", self._starts)
+        return server
 
     def fetches(self) -> list[str]:
         return [line for line in self.log.read_text().splitlines() if line.startswith("fetch")]
@@ -132,6 +133,22 @@ def test_readers_survive_the_death_of_the_server(tmp_path: Path, form: Form) -> 
         assert digest == hashlib.sha256(served.layer.data).hexdigest()
         drop_cache(served.path)
         assert served.path.read_bytes() == served.layer.data
+
+
+def test_a_server_finishes_what_no_other_could_answer(tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    with FuseMount(tmp_path / "mnt") as mount:
+        served = Served(mount, tmp_path, SIZE, "gzip")
+        server = served.start(str(gate))
+        with reader_process([sys.executable, "-c", READ_ALL, str(served.path)]) as reader:
+            wait_until(lambda: bool(served.fetches()))
+            server.terminate()
+            wait_for_line(served.log, "finishing True")
+            gate.touch()
+            assert server.wait(PATIENCE_S) == 0  # and what it took is answered
+            served.start(str(gate))
+            stdout, _ = reader.communicate(timeout=PATIENCE_S)
+    assert stdout.decode().strip() == hashlib.sha256(served.layer.data).hexdigest()
 
 
 def test_an_open_file_stays_good_across_servers(served: Served) -> None:

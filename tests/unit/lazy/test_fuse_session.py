@@ -10,8 +10,8 @@ import pytest
 import trio
 
 from clipshim.errors import NotFoundError, RegistryError
-from clipshim.lazy import fuse_session, fuse_wire
-from clipshim.lazy.fuse_session import handler
+from clipshim.lazy import fuse_wire
+from clipshim.lazy.fuse_session import FuseSession, handler
 
 
 class Handlers:
@@ -93,7 +93,7 @@ def test_the_main_loop_starts_again_whatever_ends_it(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(fuse_wire, "request_resend", resend)
 
     async def main() -> None:
-        await fuse_session._main_loop(7, resend=lambda: True)
+        await FuseSession(pyfuse3.Operations(), 7)._main_loop()
 
     trio.run(main)
     assert not ends
