@@ -12,6 +12,7 @@ the next one starts afresh.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import zlib
 from typing import TYPE_CHECKING, BinaryIO, Final, cast
@@ -23,13 +24,20 @@ from clipshim.errors import SpanDecodeError
 from clipshim.index.span_table import MAX_SPAN_SIZE
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Generator, Iterable, Sequence
+    from contextlib import AbstractContextManager
 
     from clipshim.index.span_table import SpanKind
+
+    Decoded = Generator[bytes, None, None]
+    WindowTaker = Callable[[int], AbstractContextManager[None]]
 
 GZIP_MAGIC: Final = b"\x1f\x8b"
 # As the zstd command line: larger windows need an explicit flag there too.
 ZSTD_MAX_WINDOW: Final = 128 << 20
+# What nearly all compressors use at their usual levels; a decoder's memory grows up to the window.
+SMALL_WINDOW: Final = 8 << 20
+_ZSTD_HEADER: Final = 18  # RFC 8878 section 3.1.1: magic and a frame header of 14 bytes at most
 _PIECE = 64 << 10
 _TRAILER = 8
 _ERRORS: Final = cast("tuple[type[Exception], ...]", (isal_zlib.error, zlib.error))
@@ -95,22 +103,25 @@ def decode_group(
     window: bytes | None,
     chunks: Iterable[bytes],
     sizes: Sequence[int],
-) -> Iterator[bytes]:
+    *,
+    large_window: WindowTaker | None = None,
+) -> Decoded:
     """The spans of a group one by one, from their compressed range in chunks of any size.
 
-    Holds about one span and one chunk in memory, reads no more chunks than it needs, and can be
-    abandoned after any span. Raises SpanDecodeError.
+    Holds about one span, one chunk and, of zstd, a window of up to SMALL_WINDOW in memory; a larger
+    one only in the block that `large_window` gives for its size. Reads no more chunks than it
+    needs, and can be abandoned (closed) after any span. Raises SpanDecodeError.
     """
     if any(not 0 < size <= MAX_SPAN_SIZE for size in sizes):
         raise SpanDecodeError(f"spans of {sizes!r} bytes cannot be decoded")
     if kind == "plain":
         return _plain(chunks, sizes)
     if kind == "zstd-frame":
-        return _zstd(chunks, sizes)
+        return _zstd(chunks, sizes, large_window)
     return _gzip(kind, bits, window, chunks, sizes)
 
 
-def _plain(chunks: Iterable[bytes], sizes: Sequence[int]) -> Iterator[bytes]:
+def _plain(chunks: Iterable[bytes], sizes: Sequence[int]) -> Decoded:
     source = _Chunks(chunks)
     for size in sizes:
         span = source.read_whole(size)
@@ -119,11 +130,36 @@ def _plain(chunks: Iterable[bytes], sizes: Sequence[int]) -> Iterator[bytes]:
         yield span
 
 
-def _zstd(chunks: Iterable[bytes], sizes: Sequence[int]) -> Iterator[bytes]:
-    decompressor = zstandard.ZstdDecompressor(max_window_size=ZSTD_MAX_WINDOW)
-    source = cast("BinaryIO", _Chunks(chunks))  # only its read() is used
+def _zstd(
+    chunks: Iterable[bytes], sizes: Sequence[int], large_window: WindowTaker | None
+) -> Decoded:
+    source = _Chunks(chunks)
+    # What was made is all that a window can hold, so the size that a small range's frames declare
+    # does not matter. A range that makes more is one frame, which begins where it begins.
+    limit, needed = ZSTD_MAX_WINDOW, 0
+    if sum(sizes) > SMALL_WINDOW:
+        window = _window_size(source.peek(_ZSTD_HEADER))
+        limit = max(window, SMALL_WINDOW)
+        needed = min(window, sum(sizes)) if window > SMALL_WINDOW else 0
+    with large_window(needed) if needed and large_window else contextlib.nullcontext():
+        yield from _zstd_frames(source, sizes, limit)
+
+
+def _window_size(head: bytes) -> int:
+    try:
+        size = int(zstandard.get_frame_parameters(head).window_size)
+    except zstandard.ZstdError as exc:
+        raise SpanDecodeError(f"zstd: {exc}") from exc
+    if size > ZSTD_MAX_WINDOW:
+        raise SpanDecodeError(f"zstd: a window of {size} bytes, at most {ZSTD_MAX_WINDOW} may be")
+    return size
+
+
+def _zstd_frames(source: _Chunks, sizes: Sequence[int], max_window: int) -> Decoded:
+    decompressor = zstandard.ZstdDecompressor(max_window_size=max_window)
+    file = cast("BinaryIO", source)  # only its read() is used
     with decompressor.stream_reader(
-        source, read_size=_PIECE, read_across_frames=True, closefd=False
+        file, read_size=_PIECE, read_across_frames=True, closefd=False
     ) as reader:
         for size in sizes:
             parts, missing = [], size
@@ -145,7 +181,7 @@ def _gzip(
     window: bytes | None,
     chunks: Iterable[bytes],
     sizes: Sequence[int],
-) -> Iterator[bytes]:
+) -> Decoded:
     stream = GzipRange(kind, bits, window, chunks)
     for size in sizes:
         span = stream.read(size)
@@ -240,6 +276,12 @@ class _Chunks:
         part = self._chunk[self._position : self._position + size]
         self._position += len(part)
         return part
+
+    def peek(self, size: int) -> bytes:
+        """The next `size` bytes, which are to be read again; fewer only at the end."""
+        head = self.read_whole(size)
+        self._chunk, self._position = head + self._chunk[self._position :], 0
+        return head
 
     def read_all(self, wanted: int) -> bytes:
         """The rest of a chunk if `wanted` bytes of output need about that much, else a piece."""

@@ -17,6 +17,7 @@ import trio
 
 from clipshim.errors import RegistryError
 from clipshim.lazy.statistics import LayerStatistics
+from clipshim.lazy.window_memory import WindowMemory
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -248,6 +249,7 @@ class Fetching:
         self.memory_bytes = settings.memory_bytes
         budget = max(1, settings.memory_bytes * 3 // 4)
         self.memory = PriorityPool(budget, kept=budget // 4)
+        self.windows = WindowMemory(patience_s=settings.fetch_deadline_s / 2)
         self.recent = RecentSpans(settings.memory_bytes // 4)
         self.disk_limiter = trio.CapacityLimiter(DISK_THREADS)
         self.thread_limiter = trio.CapacityLimiter(FETCH_THREADS)

@@ -399,6 +399,7 @@ class LayerReader:
             set(flights),
             land,
             self._fetching.deadline_s,
+            self._fetching.windows,
             hurried,
             limiter=self._fetching.thread_limiter,
             abandon_on_cancel=True,

@@ -6,6 +6,7 @@ decoded, so memory holds a piece and a span, whatever the size of a zstd frame.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import time
@@ -13,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from clipshim.errors import ClipError, DigestError, LayerError, SpanDecodeError
-from clipshim.index.span_decode import decode_group
+from clipshim.index.span_decode import SMALL_WINDOW, decode_group
 from clipshim.lazy.flight import RUN_BYTES
 from clipshim.lazy.stored_layer import StoreFullError
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from clipshim.lazy.flight import Part
     from clipshim.lazy.span_source import SpanSource
     from clipshim.lazy.stored_layer import StoredLayer
+    from clipshim.lazy.window_memory import WindowMemory
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +56,16 @@ def memory_needed(table: SpanTable, run: list[Part]) -> int:
     """An upper bound of what an attempt holds at a time."""
     compressed = min(run[-1].end - run[0].start, RUN_BYTES)
     largest = max(table[span].uncompressed_size for part in run for span in part.spans)
-    return compressed + 2 * largest
+    window = 0
+    if table[run[0].spans.start].kind == "zstd-frame":  # more than this: window_memory.py
+        window = min(SMALL_WINDOW, max(_decoded_size(table, part) for part in run))
+    return compressed + 2 * largest + window
+
+
+def _decoded_size(table: SpanTable, part: Part) -> int:
+    first, last = table[part.spans.start], table[part.spans.stop - 1]
+    end = last.uncompressed_offset + last.uncompressed_size
+    return end - first.uncompressed_offset
 
 
 def fetch_run(
@@ -65,6 +76,7 @@ def fetch_run(
     wanted: set[int],
     land: Callable[[int, bytes, bool], None],
     deadline_s: float,
+    windows: WindowMemory,
     hurried: bool = False,
 ) -> Attempt:
     """Fetches the `wanted` spans of a run; `land` gets each as soon as it was verified.
@@ -83,7 +95,7 @@ def fetch_run(
                 chunks = _pieces(source, part, deadline_s, attempt)
             else:
                 chunks = iter((whole[part.start - start : part.end - start],))
-            _decode_part(source, table, stored, part, chunks, wanted, land, attempt)
+            _decode_part(source, table, stored, part, chunks, wanted, land, attempt, windows)
     except ClipError as exc:
         attempt.cause = exc
     except OSError as exc:
@@ -121,6 +133,7 @@ def _decode_part(
     wanted: set[int],
     land: Callable[[int, bytes, bool], None],
     attempt: Attempt,
+    windows: WindowMemory,
 ) -> None:
     needed = [span for span in part.spans if span in wanted]
     if not needed:
@@ -131,18 +144,22 @@ def _decode_part(
     try:
         window = source.window(leader)
         sizes = [table[span].uncompressed_size for span in spans]
-        decoded = decode_group(leader.kind, leader.bits, window, chunks, sizes)
-        for span, data in zip(spans, decoded, strict=True):
-            if span not in pending:
-                continue
-            digest = hashlib.sha256(data).digest()
-            if digest != table[span].digest:
-                raise DigestError(
-                    f"layer {stored.key}: span {span}: expected digest"
-                    f" {table[span].digest.hex()}, got {digest.hex()} from {source.name}"
-                )
-            pending.discard(span)
-            land(span, data, _store(stored, span, data))
+        group = decode_group(
+            leader.kind, leader.bits, window, chunks, sizes, large_window=windows.taken
+        )
+        # an error's traceback would keep it alive, and the memory that it took
+        with contextlib.closing(group) as decoded:
+            for span, data in zip(spans, decoded, strict=True):
+                if span not in pending:
+                    continue
+                digest = hashlib.sha256(data).digest()
+                if digest != table[span].digest:
+                    raise DigestError(
+                        f"layer {stored.key}: span {span}: expected digest"
+                        f" {table[span].digest.hex()}, got {digest.hex()} from {source.name}"
+                    )
+                pending.discard(span)
+                land(span, data, _store(stored, span, data))
     except (DigestError, SpanDecodeError) as exc:
         # what follows in the same range comes from the same bad bytes
         attempt.bad.update(dict.fromkeys(pending, exc))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
+from typing import TYPE_CHECKING
 
 import pytest
 import zstandard
@@ -14,6 +16,9 @@ from clipshim.index.gzip_checkpoints import Range
 from clipshim.index.span_decode import decode_group, decode_span
 from clipshim.index.zstd_frames import is_zstd, scan_zstd
 from tests.unit.index.samples import ZSTD_WAYS, Stream, members, steady, text, zstd
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 SPACING = 64 << 10
 DATA = text(700_000)
@@ -135,3 +140,63 @@ def test_any_bytes_give_ranges_or_an_error(blob: bytes, start: bytes) -> None:
         scan(start + blob)
     except ClipError:
         return
+
+
+def large_window(data: bytes, window_log: int) -> bytes:
+    """One frame that wants a window of 2 ** window_log bytes, whatever it holds."""
+    parameters = zstandard.ZstdCompressionParameters.from_level(
+        1, window_log=window_log, write_content_size=False
+    )
+    compressor = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    return compressor.compress(data) + compressor.flush()
+
+
+@pytest.mark.parametrize(
+    ("size", "window_log", "taken"),
+    [
+        (1 << 20, 27, []),  # no more can be needed than is decoded
+        (9 << 20, 23, []),
+        (9 << 20, 24, [9 << 20]),
+        (20 << 20, 24, [16 << 20]),
+    ],
+)
+def test_memory_for_large_windows_is_asked_for_and_given_back(
+    size: int, window_log: int, taken: list[int]
+) -> None:
+    blob = large_window(text(1 << 20) * (size >> 20), window_log)
+    asked, held = [], []
+
+    @contextlib.contextmanager
+    def take(amount: int) -> Iterator[None]:
+        asked.append(amount)
+        held.append(amount)
+        try:
+            yield
+        finally:
+            held.remove(amount)
+
+    sizes = [1 << 20] * (size >> 20)
+    group = decode_group("zstd-frame", 0, None, [blob[:5], blob[5:]], sizes, large_window=take)
+    assert next(group) == text(1 << 20)
+    assert held == taken
+    group.close()
+    assert held == []
+    assert b"".join(decode_group("zstd-frame", 0, None, [blob], sizes, large_window=take)) == text(
+        1 << 20
+    ) * (size >> 20)
+    assert asked == taken * 2
+    assert held == []
+
+
+def test_a_frame_behind_the_first_cannot_ask_for_more_than_it_did() -> None:
+    data = text(1 << 20) * 10
+    blob = large_window(data, 21) + large_window(data, 25)
+    spans = decode_group("zstd-frame", 0, None, [blob], [1 << 20] * 20)
+    with pytest.raises(SpanDecodeError, match="memory"):
+        list(spans)
+
+
+def test_a_window_beyond_all_bounds_is_refused() -> None:
+    blob = large_window(b"x", 28)
+    with pytest.raises(SpanDecodeError, match="window of 268435456"):
+        list(decode_group("zstd-frame", 0, None, [blob], [1 << 20] * 20))

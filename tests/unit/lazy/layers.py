@@ -24,7 +24,15 @@ SPAN = 64 << 10
 class MadeLayer:
     """A layer, its blob and its span table."""
 
-    def __init__(self, size: int, *, form: Form = "gzip", span: int = SPAN, seed: int = 1) -> None:
+    def __init__(
+        self,
+        size: int,
+        *,
+        form: Form = "gzip",
+        span: int = SPAN,
+        seed: int = 1,
+        window_log: int | None = None,
+    ) -> None:
         # Compressible, and different in every place.
         words = random.Random(seed).randbytes(16 << 10)
         parts = [words[(i * 37) % 9000 :][:4000] + b"%016d" % i for i in range(size // 4000 + 1)]
@@ -39,7 +47,7 @@ class MadeLayer:
             "zstd": "zstd-frame",
             "one-frame": "zstd-frame",
         }[form]
-        whole = zstandard.ZstdCompressor().compress(self.data) if form == "one-frame" else b""
+        whole = _one_frame(self.data, window_log) if form == "one-frame" else b""
         for piece in pieces:
             if form == "one-frame":
                 start, stored, skip = 0, whole, offset
@@ -72,6 +80,13 @@ class MadeLayer:
             urls=(),
             key=layer_key(diff_id, self.table.pack()),
         )
+
+
+def _one_frame(data: bytes, window_log: int | None) -> bytes:
+    if window_log is None:
+        return zstandard.ZstdCompressor().compress(data)
+    parameters = zstandard.ZstdCompressionParameters.from_level(1, window_log=window_log)
+    return zstandard.ZstdCompressor(compression_params=parameters).compress(data)
 
 
 class MadeSource:
