@@ -15,11 +15,14 @@
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+# a|b is whichever comes first of what the distribution has: Debian 13 has split the client from
+# docker.io, and the docker-compose of Ubuntu 24.04 is too old for its Docker.
 TEST_PACKAGES=(
     attr buildah build-essential busybox-static ca-certificates conmon containerd crun curl
-    debootstrap docker-compose docker-registry docker.io erofs-utils fuse-overlayfs fuse3 git
-    iproute2 isal jq libarchive-tools libcap2-bin libfuse3-dev pigz pkg-config podman procps psmisc
-    python3-dev python3-venv python3-yaml runc skopeo strace tini umoci zstd
+    debootstrap 'docker-cli|docker.io' 'docker-compose-v2|docker-compose' docker-registry
+    docker.io erofs-utils fuse-overlayfs fuse3 git iproute2 isal jq libarchive-tools libcap2-bin
+    libfuse3-dev pigz pkg-config podman procps psmisc python3-dev python3-venv python3-yaml runc
+    skopeo strace tini umoci zstd
 )
 VENV="$PWD/.venv"
 
@@ -41,11 +44,24 @@ retry() {
     return 1
 }
 
-missing_packages() {
+installed() {
+    [ "$(dpkg-query -W -f='${db:Status-Status}' "$1" 2>/dev/null)" = installed ]
+}
+
+# The first of the names a|b|c that is installed or that apt knows, or else the last one.
+choose_package() {
     local package
-    for package in "${TEST_PACKAGES[@]}"; do
-        [ "$(dpkg-query -W -f='${db:Status-Status}' "$package" 2>/dev/null)" = installed ] ||
-            printf '%s\n' "$package"
+    for package in ${1//|/ }; do
+        ! installed "$package" && [ -z "$(apt-cache show "$package" 2>/dev/null)" ] || break
+    done
+    printf '%s\n' "$package"
+}
+
+missing_packages() {
+    local names package
+    for names in "${TEST_PACKAGES[@]}"; do
+        package=$(choose_package "$names")
+        installed "$package" || printf '%s\n' "$package"
     done
 }
 
@@ -57,6 +73,7 @@ install_packages() {
     export DEBIAN_FRONTEND=noninteractive
     retry apt-get -q -o DPkg::Lock::Timeout=300 update ||
         die "apt-get update failed"
+    mapfile -t missing < <(missing_packages)
     retry apt-get -q -y -o DPkg::Lock::Timeout=300 install --no-install-recommends \
         "${missing[@]}" </dev/null || die "apt-get install failed"
 }

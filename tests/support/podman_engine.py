@@ -53,6 +53,7 @@ class Podman(Client):
             CONTAINERS_STORAGE_CONF=f"{directory}/storage.conf",
             CONTAINERS_REGISTRIES_CONF=f"{directory}/registries.conf",
             BUILDAH_ISOLATION="oci",
+            PODMAN_IGNORE_CGROUPSV1_WARNING="1",  # podman 5 would put it before what programs say
         )
         super().__init__([PODMAN], env)
 

@@ -8,15 +8,19 @@ are not under test.
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 DIRECTORY = os.environ.get("CLIPSHIM_TEST_PROGRAMS", "")
 
 
 def program(usual: str) -> Path:
-    """The program to call for the one that a distribution has at `usual`."""
-    other = Path(DIRECTORY, os.path.basename(usual))
-    return other if DIRECTORY and other.exists() else Path(usual)
+    """The program to call for the one that Debian 12 has at `usual`, others maybe elsewhere."""
+    name = os.path.basename(usual)
+    other = Path(DIRECTORY, name)
+    if DIRECTORY and other.exists():
+        return other
+    return Path(usual if os.path.exists(usual) else shutil.which(name) or usual)
 
 
 def search_path() -> str:

@@ -265,8 +265,9 @@ def test_compose_names_the_runtime(docker: Docker, tmp_path: Path) -> None:
         f"    image: {IMAGE}\n    runtime: {docker.target.name}\n    network_mode: none\n"
         "    command: ['python3', '/app/hello.py']\n"
     )
-    compose = ["/usr/bin/docker-compose", "-p", "clipshimtest"]
-    compose += ["-f", str(tmp_path / "docker-compose.yml")]
+    plugin = docker.run("compose", "version", check=False).returncode == 0
+    compose = [*docker.prefix, "compose"] if plugin else ["/usr/bin/docker-compose"]
+    compose += ["-p", "clipshimtest", "-f", str(tmp_path / "docker-compose.yml")]
     try:
         done = subprocess.run(
             [*compose, "up", "--no-color"], env=docker.env, capture_output=True, text=True,
