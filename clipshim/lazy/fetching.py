@@ -33,6 +33,7 @@ FIRST_PAUSE_S = 0.25
 LONGEST_PAUSE_S = 8.0
 DISK_THREADS = 16
 FETCH_THREADS = 128
+MAX_SERVICES = 1000  # indexes name registries, and they are hostile
 
 # glibc keeps freed spans in the arenas of the threads that allocated them. After 200 MB had been
 # fetched, 64 MB were resident; with two arenas and malloc_trim 38. musl has no such calls.
@@ -179,6 +180,11 @@ class Service:
         self.avoided_until = 0.0  # trio time; it kept silent while another one could be asked
 
     @property
+    def is_busy(self) -> bool:
+        """Whether somebody has a slot; whoever waits for one does so behind them."""
+        return self.slots.free != self.slots.total
+
+    @property
     def is_doubtful(self) -> bool:
         """Whether others should be asked first."""
         return self.breaker.is_open or trio.current_time() < self.avoided_until
@@ -263,6 +269,9 @@ class Fetching:
         """Slots and breaker of a registry."""
         found = self._services.get(name)
         if found is None:
+            if len(self._services) >= MAX_SERVICES:
+                busy = {n: s for n, s in self._services.items() if s.is_doubtful or s.is_busy}
+                self._services = busy
             found = self._services[name] = Service(name, self._parallel)
         return found
 

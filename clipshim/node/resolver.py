@@ -127,6 +127,8 @@ class Resolver:
                     log.warning("registry does not answer, using the last index of %s", name)
                     return await self._checked(found[0], trusted=with_credentials)
                 raise
+            if len(self._found) >= MAX_REMEMBERED:
+                self._found.clear()
             self._found[key] = (digest, trio.current_time())
             return await self._checked(digest, trusted=with_credentials)
 

@@ -7,6 +7,7 @@ Formats: RFC 7235 (challenges), https://distribution.github.io/distribution/spec
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import re
 import threading
@@ -21,13 +22,14 @@ from clipshim.registry.references import is_loopback, split_port
 from clipshim.registry.urls import parse_url
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from clipshim.registry.access import RegistryAccess
     from clipshim.registry.mirrors import Endpoint
     from clipshim.registry.references import Reference
 
 MAX_TOKEN_BYTES = 1 << 20
+MAX_GRANTS = 1000  # each as long as a token, some kB
 DEFAULT_TOKEN_LIFE_S = 60.0  # the token specification's default for expires_in
 _PARAMETER = re.compile(r'([A-Za-z0-9_-]+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s,"]+))')
 _QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"')
@@ -57,14 +59,24 @@ class Grant:
         return time.monotonic() < self.expires_at
 
 
+class _Login:
+    """A log-in under way, and how many threads make it or wait for it."""
+
+    __slots__ = ("lock", "threads")
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.threads = 0
+
+
 class Authorizer:
     """Grants by server, repository and actions; one log-in at a time for each, thread-safe."""
 
     def __init__(self, access: RegistryAccess) -> None:
         self._access = access
         self._lock = threading.Lock()
-        self._grants: dict[tuple[str, str, str], Grant] = {}
-        self._key_locks: dict[tuple[str, str, str], threading.Lock] = {}
+        self._grants: dict[tuple[str, str, str], Grant] = {}  # what was granted last is the last
+        self._logins: dict[tuple[str, str, str], _Login] = {}  # under way
 
     def current(self, endpoint: Endpoint, repository: str, actions: str) -> Grant | None:
         """A grant that may still be used, without any request."""
@@ -93,17 +105,37 @@ class Authorizer:
         Raises AttemptFailed, AuthError.
         """
         key = (endpoint.base, reference.repository, actions)
-        with self._lock:
-            key_lock = self._key_locks.setdefault(key, threading.Lock())
-        with key_lock:
+        with self._one_at_a_time(key):
             # Lock, then look again: another thread may have logged in while this one waited.
             grant = self.current(endpoint, reference.repository, actions)
             if grant is not None and grant is not refused:
                 return grant
             grant = self._log_in(endpoint, reference, actions, challenges, request)
-            with self._lock:
-                self._grants[key] = grant
+            self._keep(key, grant)
             return grant
+
+    @contextlib.contextmanager
+    def _one_at_a_time(self, key: tuple[str, str, str]) -> Iterator[None]:
+        with self._lock:
+            login = self._logins.setdefault(key, _Login())
+            login.threads += 1
+        try:
+            with login.lock:
+                yield
+        finally:
+            with self._lock:
+                login.threads -= 1
+                if not login.threads:
+                    del self._logins[key]
+
+    def _keep(self, key: tuple[str, str, str], grant: Grant) -> None:
+        with self._lock:
+            self._grants.pop(key, None)
+            self._grants[key] = grant
+            if len(self._grants) > MAX_GRANTS:  # those that are over, else the oldest
+                self._grants = {of: it for of, it in self._grants.items() if it.is_fresh}
+                while len(self._grants) > MAX_GRANTS:
+                    del self._grants[next(iter(self._grants))]
 
     def _log_in(
         self,

@@ -55,6 +55,7 @@ USER_AGENT = "clipshim/1"
 MAX_REDIRECTS = 5
 NOTE_EVERY_S = 30.0
 MAX_NOTED = 1000
+MAX_REGISTRIES = 1000
 MAX_REDIRECT_FAILURES = 5  # in a row at one server: then its redirects do not work at all
 MAX_LOGINS = 3
 FIRST_BACKOFF_S = 0.1
@@ -93,6 +94,8 @@ class Transport:
             found = endpoints_for(reference, self.access)
             known = (now + ENDPOINTS_LIFE_S, found)
             with self._lock:
+                if len(self._endpoints) >= MAX_REGISTRIES:
+                    self._endpoints.clear()  # they are only read again
                 self._endpoints[reference.registry] = known
         return tuple(item for item in known[1] if capability in item.capabilities)
 

@@ -10,17 +10,20 @@ import trio
 import trio.testing
 
 from clipshim.errors import RegistryError
+from clipshim.lazy import fetching
 from clipshim.lazy.fetching import (
     AHEAD,
     DEMAND,
     OPEN_AFTER,
     PREFETCH,
     Breaker,
+    Fetching,
     LimitedLog,
     PriorityPool,
     RecentSpans,
     Ticket,
 )
+from clipshim.settings import Settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -192,3 +195,25 @@ def test_the_log_is_not_flooded_and_counts_what_it_held_back(
         "odd",
         "dead (and 4 times before)",
     ]
+
+
+def test_registries_that_nobody_asks_any_more_are_forgotten(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(fetching, "MAX_SERVICES", 5)
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            shared = Fetching(nursery, Settings({}))
+            dead, busy = shared.service("dead.test"), shared.service("busy.test")
+            for _ in range(fetching.OPEN_AFTER):
+                dead.breaker.failed("refused")
+            async with busy.slots.taken(1, Ticket(DEMAND)):
+                for number in range(50):
+                    shared.service(f"r{number}.test")
+                assert shared.service("dead.test") is dead
+                assert shared.service("busy.test") is busy
+            assert shared.open_breakers() == {"dead.test": "refused"}
+            assert len(shared._services) <= 5
+
+    trio.run(main)

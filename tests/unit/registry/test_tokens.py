@@ -9,6 +9,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
+from clipshim.registry import tokens
 from clipshim.registry.access import RegistryAccess
 from clipshim.registry.attempts import AttemptFailed
 from clipshim.registry.mirrors import Endpoint
@@ -178,3 +179,26 @@ def test_a_grant_is_kept_until_it_is_refused_or_old() -> None:
     authorizer.forget(ORIGIN, "a/b", "pull", second)
     assert authorizer.current(ORIGIN, "a/b", "pull") is None
     assert not Grant("Bearer x", 0.0).is_fresh
+
+
+def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokens, "MAX_GRANTS", 5)
+    authorizer = Authorizer(RegistryAccess(anonymous=True))
+    server = TokenServer(
+        *((200, {"token": f"t{number}", "expires_in": 3600}) for number in range(100))
+    )
+    for number in range(20):
+        reference = parse_reference(f"r.io/a/b{number}")
+        authorizer.renew(ORIGIN, reference, "pull", [BEARER], None, server)
+    fresh = [number for number in range(20) if authorizer.current(ORIGIN, f"a/b{number}", "pull")]
+    assert fresh == [15, 16, 17, 18, 19]
+    assert not authorizer._logins
+
+
+def test_a_log_in_that_fails_leaves_nothing_behind() -> None:
+    authorizer = Authorizer(RegistryAccess(anonymous=True))
+    for _ in range(2):
+        with pytest.raises(AttemptFailed):
+            authorizer.renew(ORIGIN, REFERENCE, "pull", [BEARER], None, TokenServer((500, {})))
+    assert not authorizer._logins
+    assert authorizer.renew(ORIGIN, REFERENCE, "pull", [BEARER], None, TokenServer()).is_fresh

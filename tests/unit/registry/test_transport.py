@@ -265,3 +265,14 @@ def test_access_from_settings() -> None:
     assert access.read_timeout_s == 3.0
     assert access.certs_dir == settings.certs_dir
     assert access.transport is access.transport
+
+
+def test_the_servers_of_many_registries_are_not_all_remembered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(transport, "MAX_REGISTRIES", 5)
+    access = RegistryAccess(anonymous=True)
+    for number in range(20):
+        (endpoint,) = access.transport.endpoints(parse_reference(f"r{number}.example/a"), "pull")
+        assert endpoint.host == f"r{number}.example"
+    assert len(access.transport._endpoints) <= 5
