@@ -14,8 +14,8 @@ from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
 from clipshim.errors import DigestError, UsageError
-from clipshim.index.erofs_read import ErofsImage
 from clipshim.index.span_decode import decode_group
+from clipshim.index.tree_check import sound_tree
 from clipshim.registry.blobs import BlobReader, locate_blob
 
 if TYPE_CHECKING:
@@ -42,13 +42,13 @@ class FileEntry(NamedTuple):
 
 
 class ImageFiles:
-    """Files of one image. Use as a context manager."""
+    """Files of one image. Use as a context manager. Raises IndexFormatError for a bad tree."""
 
     def __init__(self, index: Index, access: RegistryAccess) -> None:
         self._index = index
         self._access = access
-        self._tree = index.tree()
-        self._image = ErofsImage(self._tree)
+        self._image = sound_tree(index)
+        self._tree = self._image.buffer
         self._reader: BlobReader | None = None
         self._spans: dict[tuple[int, int], bytes] = {}
 

@@ -17,7 +17,7 @@ from clipshim.cli.terminal import (
     print_table,
     printable,
 )
-from clipshim.errors import NotFoundError
+from clipshim.errors import IndexFormatError, NotFoundError
 
 if TYPE_CHECKING:
     from clipshim.index.erofs_read import ErofsImage
@@ -28,6 +28,8 @@ KINDS = {
     stat.S_IFCHR: "character device", stat.S_IFBLK: "block device", stat.S_IFIFO: "fifo",
     stat.S_IFSOCK: "socket",
 }  # fmt: skip
+
+MAX_LISTED_SPANS = 1_000_000
 
 
 def command(
@@ -44,7 +46,7 @@ def command(
     clipshim inspect app.clip --path /usr/bin/python3 --format json
     """
     from clipshim.cli.images import open_named
-    from clipshim.index.erofs_read import ErofsImage
+    from clipshim.index.tree_check import sound_tree
     from clipshim.settings import load_settings
 
     with open_named(load_settings(), index) as opened:
@@ -52,7 +54,7 @@ def command(
             facts = describe_index(opened)
             show = show_index
         else:
-            facts = describe_file(opened, ErofsImage(opened.tree()), path)
+            facts = describe_file(opened, sound_tree(opened), path)
             show = show_file
     if output is OutputFormat.JSON:
         print_json(facts)
@@ -192,6 +194,7 @@ def _find(image: ErofsImage, path: str) -> int | None:
 
 def _extents(index: Index, extents: list[tuple[int, int, int]]) -> list[dict[str, Any]]:
     result: list[dict[str, Any]] = []
+    listed = 0
     for device, offset, length in extents:
         if device < 1:
             result.append({"layer": None, "length": length})
@@ -201,6 +204,11 @@ def _extents(index: Index, extents: list[tuple[int, int, int]]) -> list[dict[str
         first = table.find(offset)
         last = table.find(max(offset, offset + length - 1))
         spans = list(range(first, last + 1))
+        listed += len(spans)
+        if listed > MAX_LISTED_SPANS:  # a hostile tree may name the whole layer again and again
+            raise IndexFormatError(
+                f"{index.reference}: a file of more than {MAX_LISTED_SPANS} spans is not listed"
+            )
         result.append(
             {
                 "layer": layer,

@@ -8,7 +8,7 @@ caller keeps the verdict by the index's digest. Not for contents: spans have dig
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from struct import error as StructError
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from clipshim.errors import IndexFormatError
 from clipshim.index.erofs_format import (
@@ -36,6 +36,9 @@ from clipshim.index.erofs_read import (
     block_entries,
 )
 
+if TYPE_CHECKING:
+    from clipshim.index.model import Index
+
 MAX_INODES = 4_000_000
 MAX_LINK_TARGET = 4095
 _S_IFIFO = 0o1
@@ -58,6 +61,13 @@ def check_tree(image: ErofsImage, layer_sizes: Sequence[int]) -> TreeFacts:
         return _Check(image, layer_sizes).run()
     except (StructError, IndexError, OverflowError) as exc:
         raise IndexFormatError(f"tree: damaged: {exc}") from exc
+
+
+def sound_tree(index: "Index") -> ErofsImage:
+    """The tree of an index that nobody has checked before. Raises IndexFormatError."""
+    image = ErofsImage(index.tree())
+    check_tree(image, [layer.size for layer in index.layers])
+    return image
 
 
 class _Check:

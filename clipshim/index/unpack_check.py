@@ -24,6 +24,7 @@ import zstandard
 from clipshim.errors import ClipError, DigestError, LayerError
 from clipshim.index.erofs_read import HOLE, ErofsImage
 from clipshim.index.model import open_index
+from clipshim.index.tree_check import sound_tree
 
 if TYPE_CHECKING:
     from clipshim.registry.sources import ImageSource
@@ -108,7 +109,7 @@ def check_against_unpack(
             files.append(path)
         started_ns = os.stat(directory).st_ctime_ns
         unpacked = unpack_with_umoci(files, os.path.join(directory, "unpacked"))
-        image = ErofsImage(index.tree())
+        image = sound_tree(index)
         return compare(
             describe_directory(unpacked, stack),
             describe_image(image, files, stack),

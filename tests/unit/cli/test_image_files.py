@@ -8,16 +8,19 @@ import json
 import random
 import tarfile
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import pytest
 import zstandard
 
-from clipshim.cli import image_files
+from clipshim.cli import image_files, inspect_command
 from clipshim.cli.image_files import ImageFiles
-from clipshim.errors import DigestError, UsageError
+from clipshim.cli.inspect_command import describe_file
+from clipshim.errors import ClipError, DigestError, IndexFormatError, NotFoundError, UsageError
 from clipshim.index.builder import BuildOptions, build_index
 from clipshim.index.model import open_index
+from clipshim.index.tree_check import sound_tree
 from clipshim.registry.access import RegistryAccess
 from clipshim.registry.sources import LayerDescriptor
 
@@ -209,3 +212,58 @@ def test_a_span_is_fetched_once(files: ImageFiles, monkeypatch: pytest.MonkeyPat
     for _ in range(3):
         files.read("/real/passwd")
     assert len(fetched) == len(set(fetched))
+
+
+def use_all(files: ImageFiles) -> None:
+    """What bundles and stubs do with an image."""
+    for path in ("/real/passwd", "/chain", "/large", "/empty", "/", "/loop"):
+        files.entry(path)
+        files.way(path)
+        files.is_directory(path)
+    files.below("/", limit=1 << 20)
+
+
+def test_a_damaged_tree_is_a_clear_error_and_never_a_traceback(
+    index_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choose = random.Random(7)
+    refused = 0
+    with open_index(index_path) as index:
+        tree = index.tree()
+        for _ in range(400):
+            damaged = bytearray(tree)
+            for _ in range(choose.randrange(1, 4)):
+                damaged[choose.randrange(1024, len(damaged))] = choose.randrange(256)
+            monkeypatch.setattr(type(index), "tree", lambda _self, tree=bytes(damaged): tree)
+            try:
+                with ImageFiles(index, RegistryAccess()) as files:
+                    use_all(files)
+                for path in ("/real", "/real/passwd", "/large", "/loop"):
+                    try:
+                        describe_file(index, sound_tree(index), path)
+                    except NotFoundError:
+                        continue
+            except ClipError:
+                refused += 1
+    assert refused > 100
+
+
+def test_a_tree_that_leads_out_of_its_layer_is_refused_before_anything_is_read(
+    index_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_index(index_path) as index:
+        small = replace(index.layers[0], size=index.layers[0].size - 512)
+        monkeypatch.setattr(index, "layers", [small])
+        with pytest.raises(IndexFormatError, match="tree"):
+            ImageFiles(index, RegistryAccess())
+
+
+def test_a_file_of_endless_spans_is_not_listed(
+    index_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inspect_command, "MAX_LISTED_SPANS", 2)
+    with open_index(index_path) as index:
+        tree = sound_tree(index)
+        assert describe_file(index, tree, "/real/passwd")["extents"]
+        with pytest.raises(IndexFormatError, match="not listed"):
+            describe_file(index, tree, "/large")
