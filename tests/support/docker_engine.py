@@ -1,10 +1,14 @@
 """dockerd with private roots and socket, no bridge, no iptables, and a containerd of its own.
 
-The containerd is started apart, as Debian does it, so that it outlives a crash of dockerd.
+The containerd is started apart, as Debian does it, so that it outlives a crash of dockerd. Images
+lie in Docker's own store, or in containerd's if $CLIPSHIM_TEST_DOCKER_STORE is `containerd`, which
+Docker 23 and newer can do and Docker 29 does by default.
 """
 
 from __future__ import annotations
 
+import json
+import os
 from typing import TYPE_CHECKING
 
 from tests.support.containerd_engine import Containerd
@@ -18,6 +22,7 @@ if TYPE_CHECKING:
 
 DOCKERD = program("/usr/sbin/dockerd")
 DOCKER = program("/usr/bin/docker")
+CONTAINERD_STORE = os.environ.get("CLIPSHIM_TEST_DOCKER_STORE") == "containerd"
 
 
 class Docker(Client):
@@ -37,7 +42,8 @@ class Docker(Client):
     def start(self) -> None:
         """Starts dockerd and waits for it."""
         config = self.directory / "daemon.json"
-        config.write_text("{}")
+        features = {"features": {"containerd-snapshotter": True}} if CONTAINERD_STORE else {}
+        config.write_text(json.dumps(features))
         (self.directory / "docker.pid").unlink(missing_ok=True)
         runtime = []
         if self.target.lazy:
@@ -59,7 +65,7 @@ class Docker(Client):
             "--ip6tables=false",
             "--ip-masq=false",
             "--ip-forward=false",
-            "--storage-driver=overlay2",
+            f"--storage-driver={'overlayfs' if CONTAINERD_STORE else 'overlay2'}",
             "--default-ulimit=nofile=1024:1024",
             "--default-ulimit=nproc=4096:4096",
             "--live-restore",
