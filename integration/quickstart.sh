@@ -57,7 +57,8 @@ die() {
     printf 'quickstart: error: %s\n' "$*" >&2
     exit 1
 }
-now_ms() { date +%s%3N; }
+# Not by `date +%s%3N`: that of Ubuntu 26.04 prints nanoseconds.
+now_ms() { printf '%s\n' $((${EPOCHREALTIME//[!0-9]/} / 1000)); }
 
 [ "$(id -u)" -eq 0 ] || die "needs root: sudo $0"
 export PATH=$PATH:/usr/sbin:/sbin

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,6 +65,21 @@ def test_without_debootstrap_the_packages_of_the_machine_do(node: Node) -> None:
 def test_with_an_image_it_runs_that(node: Node, debian_reference: str) -> None:
     text = quickstart(node, debian_reference, "--", "python3", "-c", "print(6 * 7)")
     assert "\n42\n" in text
+
+
+def test_what_it_measures_is_true_with_another_coreutils(
+    node: Node, debian_reference: str, tmp_path: Path
+) -> None:
+    """Ubuntu 26.04's `date` prints all of the nanoseconds, however many digits one asks for."""
+    (tmp_path / "date").write_text('#!/bin/bash\nexec /usr/bin/date "${@//%3N/%N}"\n')
+    (tmp_path / "date").chmod(0o755)
+    begin = time.monotonic()
+    text = quickstart(node, debian_reference, PATH=f"{tmp_path}:{os.environ['PATH']}")
+    elapsed_ms = (time.monotonic() - begin) * 1000
+    shown = re.findall(r"^(?:index|bundle|run|run again) +(-?\d+) ms", text, re.MULTILINE)
+    assert len(shown) == 4
+    assert all(int(ms) >= 0 for ms in shown)
+    assert sum(map(int, shown)) <= elapsed_ms + 10
 
 
 def test_a_missing_image_is_an_error_that_leaves_nothing_running(node: Node) -> None:
