@@ -33,7 +33,11 @@ _RESERVED_NAMES = ("layers",)
 
 def default_root(runtime: str) -> str:
     """Where a low-level runtime keeps its state if --root does not say so."""
-    return "/run/crun" if os.path.basename(runtime) == "crun" else DEFAULT_ROOT
+    if os.path.basename(runtime) != "crun":
+        return DEFAULT_ROOT
+    # crun heeds the variable for root too, as after `sudo -E`; runc only in a user namespace
+    own = os.environ.get("XDG_RUNTIME_DIR")
+    return f"{own}/crun" if own else "/run/crun"
 
 
 def container_key(container_id: str, root: str) -> str:
@@ -177,7 +181,7 @@ class ContainerLock:
             except FileNotFoundError:
                 continue  # the holder before us has removed the directory
             try:
-                _flock(fd, self._wait_s)
+                lock_file(fd, self._wait_s)
                 if os.fstat(fd).st_nlink:
                     self._fd = fd
                     return self
@@ -196,8 +200,8 @@ class ContainerLock:
         self._fd = -1
 
 
-def _flock(fd: int, wait_s: float) -> None:
-    """Locks, waiting at most so long. Raises BlockingIOError or TimeoutError."""
+def lock_file(fd: int, wait_s: float) -> None:
+    """Locks (flock), waiting at most so long. Raises BlockingIOError or TimeoutError."""
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return
