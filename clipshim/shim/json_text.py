@@ -35,8 +35,11 @@ class _Scanner:
 
 
 def loads(raw: "bytes | str") -> "Any":
-    """Decodes one document. Raises ValueError; duplicate names take the last value, as in Go."""
-    text = raw if isinstance(raw, str) else raw.decode("utf-8", "surrogatepass")
+    """Decodes one document. Raises ValueError; duplicate names take the last value, as in Go.
+
+    Bytes that are no UTF-8 become lone surrogates, which Go reads as U+FFFD, as it reads the bytes.
+    """
+    text = raw if isinstance(raw, str) else raw.decode("utf-8", "surrogateescape")
     try:
         from _json import make_scanner
     except ImportError:  # another implementation of Python
