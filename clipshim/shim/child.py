@@ -9,37 +9,58 @@ import os
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import signal
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from typing import NoReturn
 else:
     import _signal as signal  # the C half only: `signal` builds enums, 3 ms
 
 _SI_USER = 0  # asm-generic/siginfo.h: from here down a process sent it, above the kernel did
-_FORWARDED = (
-    signal.SIGHUP,
-    signal.SIGINT,
-    signal.SIGQUIT,
-    signal.SIGTERM,
-    signal.SIGUSR1,
-    signal.SIGUSR2,
-    signal.SIGWINCH,
-    signal.SIGCONT,
-    signal.SIGALRM,
-)
+# As runc, which passes every signal that it can catch on to the container. Not what ends us by our
+# own fault, and not SIGURG, which Go sends to itself.
+_NOT_FORWARDED = {
+    signal.SIGKILL,
+    signal.SIGSTOP,
+    signal.SIGCHLD,
+    signal.SIGURG,
+    signal.SIGSEGV,
+    signal.SIGBUS,
+    signal.SIGFPE,
+    signal.SIGILL,
+    signal.SIGTRAP,
+    signal.SIGSYS,
+    signal.SIGABRT,
+}
+_LOOK_EVERY_S = 0.005
 _ignores_children = False  # the caller's setting of SIGCHLD, once keep_children() has changed it
 
 
-def run(program: str, arguments: "Sequence[str]") -> int:
-    """Runs the runtime and waits; returns the wait status (os.WIFEXITED and so on)."""
+def run(
+    program: str, arguments: "Sequence[str]", *, done_with: "Callable[[], bool] | None" = None
+) -> int:
+    """Runs the runtime and waits; returns the wait status (os.WIFEXITED and so on).
+
+    `done_with` is asked again and again while the runtime runs, until it says yes.
+    """
     keep_children()
-    watched = {signal.SIGCHLD, *_FORWARDED}
+    watched = signal.valid_signals() - _NOT_FORWARDED | {signal.SIGCHLD}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, watched)
+    own_pid = os.getpid()
     try:
         child = os.fork()
         if child == 0:
+            _pass_sockets_on(own_pid)
             _exec_in_child(program, arguments, before)
         while True:
-            info = signal.sigwaitinfo(watched)
+            if done_with is None:
+                info = signal.sigwaitinfo(watched)
+            else:
+                if done_with():
+                    done_with = None
+                    continue
+                found = signal.sigtimedwait(watched, _LOOK_EVERY_S)
+                if found is None:
+                    continue
+                info = found
             if info.si_signo == signal.SIGCHLD:
                 ended, status = os.waitpid(child, os.WNOHANG)
                 if ended == child:
@@ -107,6 +128,15 @@ def replace(program: str, arguments: "Sequence[str]") -> "NoReturn":
     if _ignores_children:
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     os.execve(program, [program, *arguments], os.environ)  # noqa: S606 - no shell is meant
+
+
+def _pass_sockets_on(for_pid: int) -> None:
+    """In the child: sockets that were passed to us are the runtime's (sd_listen_fds(3)).
+
+    Who passes them names the process that may take them; runc would not take them for its own.
+    """
+    if os.environ.get("LISTEN_PID") == str(for_pid):
+        os.environ["LISTEN_PID"] = str(os.getpid())
 
 
 def _exec_in_child(

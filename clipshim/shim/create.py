@@ -8,6 +8,7 @@ import os
 
 from clipshim.errors import ClipError, StoreError
 from clipshim.shim import bundle, daemon_client, daemon_start, rootfs, teardown
+from clipshim.shim.bundle_lock import BundleLock
 from clipshim.shim.runtime_log import RuntimeLog
 from clipshim.shim.state import (
     STATE_VERSION,
@@ -76,28 +77,38 @@ def _create_locked(
         if tree is None:
             return None
         trace("create-tree")
-        try:
-            state.save(
-                image_id=tree.facts.get("image_id"),
-                index_digest=tree.facts.get("index_digest"),
-                mode=tree.facts.get("mode"),
-                reference=tree.facts.get("reference"),
-            )
-            target = rootfs.mount_rootfs(
-                settings, state, tree, engine, undo, reuse_upper=kept is not None
-            )
-        finally:
-            os.close(tree.fd)
-        if engine is None and not state.values.get("in_place"):
-            original_root = state.text("original_root")
-            bundle.keep_original(state.kept_config, _original_config(settings, found))
-            undo.push(
-                bundle.restore_root_path, found.path, target, original_root, state.kept_config
-            )
-            found.set_root_path(target)
-        trace("create-config")
-        said = RuntimeLog(call.line.options)
-        status = call.run_runtime()
+        with BundleLock(found.path if engine is None else "") as bundle_lock:
+            rewrites = engine is None and not state.values.get("in_place")
+            if rewrites:  # another container may have rewritten it since it was read
+                found = bundle.read_bundle(found.path) or found
+                state.values["original_root"] = _original_root(settings, found)
+            try:
+                state.save(
+                    image_id=tree.facts.get("image_id"),
+                    index_digest=tree.facts.get("index_digest"),
+                    mode=tree.facts.get("mode"),
+                    reference=tree.facts.get("reference"),
+                )
+                target = rootfs.mount_rootfs(
+                    settings, state, tree, engine, undo, reuse_upper=kept is not None
+                )
+            finally:
+                os.close(tree.fd)
+            if rewrites:
+                bundle.keep_original(state.kept_config, _original_config(settings, found))
+                undo.push(teardown.put_config_back, state)
+                found.set_root_path(target)
+            trace("create-config")
+            said = RuntimeLog(call.line.options)
+
+            def config_was_read() -> bool:
+                """The runtime makes its directory after that: the next container may have it."""
+                if state.is_gone():
+                    return False
+                bundle_lock.release()
+                return True
+
+            status = call.run_runtime(done_with=config_was_read if rewrites else None)
         if not state.is_gone():
             undo.commit()
             trace("create-done")
@@ -160,7 +171,6 @@ def _planned(
         "runtime": call.runtime,
     }
     if engine is None:
-        values["original_root"] = _original_root(settings, found)
         if named.is_stub:  # no kernel overlay of the engine's: its rootfs goes above the tree
             values["lowers"] = [found.rootfs]
         if found.maps_users and os.path.isdir(found.rootfs):

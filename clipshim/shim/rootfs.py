@@ -187,6 +187,8 @@ def _mount_own(
 ) -> str:
     upper, work, target = state.text("upper"), state.text("work"), state.text("rootfs")
     in_place = target if state.values.get("in_place") else ""
+    if in_place:
+        _refuse_another_rootfs(settings, in_place)
     for path in (os.path.dirname(upper), os.path.dirname(work)):
         os.makedirs(path, 0o700, exist_ok=True)
         overlay.refuse_volatile(path, "upper directory")
@@ -205,6 +207,17 @@ def _mount_own(
     _execute(plan, fuse=settings.overlay == "fuse-overlayfs")
     undo.push(syscalls.umount2, target, syscalls.MNT_DETACH | syscalls.UMOUNT_NOFOLLOW)
     return target
+
+
+def _refuse_another_rootfs(settings: "Settings", path: str) -> None:
+    """Two rootfs on top of each other: neither could be taken away without the other."""
+    mount = mountinfo.mount_at(path)
+    ours = f"upperdir={settings.upper_dir('')}"
+    if mount is not None and any(option.startswith(ours) for option in mount.super_options):
+        raise MountError(
+            f"rootfs {path}: expected nothing mounted there, found another container's rootfs",
+            hint="delete that container, or give each container with a user namespace a bundle",
+        )
 
 
 def _remove_made(path: str) -> None:

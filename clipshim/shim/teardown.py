@@ -11,6 +11,7 @@ import os
 from clipshim.errors import ClipError
 from clipshim.mounts import mountinfo, syscalls
 from clipshim.shim import bundle, daemon_client
+from clipshim.shim.bundle_lock import BundleLock
 from clipshim.shim.state import KEPT_CONFIG
 from clipshim.shim.trace import trace
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from clipshim.shim.state import ContainerState
 
 _MAX_STACKED = 64
+_MAX_DEPTH = 64
 
 
 def tear_down(
@@ -41,7 +43,10 @@ def tear_down(
         if state.values.get("in_place"):
             _unmount_in_place(state)
         else:
-            _restore_config(state)
+            try:
+                put_config_back(state)
+            except ClipError:
+                pass  # the engine's bundle may be gone or read-only; it is the engine's to remove
     trace("teardown-unmounted")
     if not keep_upper:
         for path in (settings.upper_dir(state.key), settings.work_dir(state.key)):
@@ -104,8 +109,12 @@ def remove_tree(path: str) -> None:
 
 
 def _empty(top_fd: int) -> None:
-    """Removes all below a directory without recursion: containers nest as deep as they like."""
+    """Removes all below a directory without recursion: containers nest as deep as they like.
+
+    Each level takes a descriptor, of which there may be few: what lies too deep is moved up first.
+    """
     stack = [(top_fd, list(os.scandir(top_fd)), "")]
+    moved, look_again = 0, False
     try:
         while stack:
             fd, entries, _ = stack[-1]
@@ -114,6 +123,9 @@ def _empty(top_fd: int) -> None:
                 if stack:
                     os.close(fd)
                     os.rmdir(name, dir_fd=stack[-1][0])
+                elif look_again:
+                    look_again = False
+                    stack.append((fd, list(os.scandir(fd)), name))
                 continue
             entry = entries.pop()
             if not entry.is_dir(follow_symlinks=False):
@@ -121,16 +133,33 @@ def _empty(top_fd: int) -> None:
                 continue
             try:
                 os.rmdir(entry.name, dir_fd=fd)
+                continue
             except OSError:
-                below = os.open(
-                    entry.name,
-                    os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC,
-                    dir_fd=fd,
-                )
-                stack.append((below, list(os.scandir(below)), entry.name))
+                pass
+            if len(stack) >= _MAX_DEPTH:
+                moved, look_again = _move_up(entry.name, fd, top_fd, moved), True
+                continue
+            below = os.open(
+                entry.name,
+                os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC,
+                dir_fd=fd,
+            )
+            stack.append((below, list(os.scandir(below)), entry.name))
     finally:
         for fd, _, _ in stack[1:]:
             os.close(fd)
+
+
+def _move_up(name: str, fd: int, top_fd: int, number: int) -> int:
+    """Moves a directory to the top under a name with `number` or a higher one; the next number."""
+    while True:
+        try:
+            os.rename(name, f".clipshim-{number}", src_dir_fd=fd, dst_dir_fd=top_fd)
+            return number + 1
+        except OSError as exc:  # a directory or a file of that name is there
+            if exc.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+                raise
+            number += 1
 
 
 def _unmount_in_place(state: "ContainerState") -> None:
@@ -141,13 +170,10 @@ def _unmount_in_place(state: "ContainerState") -> None:
         syscalls.umount2(path, syscalls.MNT_DETACH | syscalls.UMOUNT_NOFOLLOW)
 
 
-def _restore_config(state: "ContainerState") -> None:
-    try:
-        bundle.restore_root_path(
-            state.text("bundle"),
-            state.text("rootfs"),
-            state.text("original_root"),
-            state.kept_config,
-        )
-    except ClipError:
-        return  # the engine's bundle may be gone or read-only; it is the engine's to remove
+def put_config_back(state: "ContainerState") -> None:
+    """Makes config.json what it was before root.path was rewritten. Raises ClipError."""
+    path, original = state.text("bundle"), state.text("original_root")
+    if not path or not original:
+        return
+    with BundleLock(path):
+        bundle.restore_root_path(path, state.text("rootfs"), original, state.kept_config)

@@ -12,7 +12,7 @@ from clipshim.shim.trace import trace
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from typing import NoReturn
 
     from clipshim.settings import Settings
@@ -62,11 +62,11 @@ class Call:
 
         child.replace(self.runtime, self.arguments)
 
-    def run_runtime(self) -> int:
-        """Runs the low-level runtime as a child; returns its wait status."""
+    def run_runtime(self, *, done_with: "Callable[[], bool] | None" = None) -> int:
+        """Runs the low-level runtime as a child; returns its wait status. See child.run."""
         from clipshim.shim import child
 
-        return child.run(self.runtime, self.arguments)
+        return child.run(self.runtime, self.arguments, done_with=done_with)
 
 
 def main(arguments: "Sequence[str]", *, runtime: str, own_program: str) -> "NoReturn":

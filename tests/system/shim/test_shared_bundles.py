@@ -1,0 +1,71 @@
+"""Several containers of one bundle, whose config.json each of them rewrites."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+from clipshim.shim import state
+from tests.support.node import Node, wait_for
+from tests.system.shim.containers import LOOP
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from tests.support.runtimes import Runtime
+
+
+def test_two_containers_of_one_bundle(
+    node: Node, runtime: Runtime, bundle: Callable[..., Path]
+) -> None:
+    path = bundle(LOOP)
+    before = (path / "config.json").read_text()
+    for name in ("one", "two"):
+        runtime.quietly("create", "-b", path, name)
+    for name in ("one", "two"):
+        runtime("delete", "--force", name)
+    assert (path / "config.json").read_text() == before
+
+
+def test_many_containers_of_one_bundle_at_once(
+    node: Node, runtime: Runtime, bundle: Callable[..., Path]
+) -> None:
+    """Each gets its own root, whoever rewrites config.json in the meantime."""
+    path = bundle(["/bin/cat", "/proc/self/mountinfo"])
+    config = json.loads((path / "config.json").read_text())
+    config["root"]["path"] = "other root"
+    del config["linux"]["cgroupsPath"]  # each container has one of its own
+    before = json.dumps(config, indent=3)
+    (path / "config.json").write_text(before)
+
+    def run(number: int) -> str:
+        done = runtime("run", "-b", path, f"box{number}", check=False)
+        assert (done.returncode, done.stderr) == (0, ""), number
+        return done.stdout.splitlines()[0]
+
+    with ThreadPoolExecutor(8) as pool:
+        for number, root in enumerate(pool.map(run, range(32))):
+            key = state.container_key(f"box{number}", str(runtime.root))
+            assert f"upperdir={node.state_dir}/upper/{key}," in root
+    assert (path / "config.json").read_text() == before
+
+
+def test_a_container_that_runs_does_not_keep_the_next_one_waiting(
+    runtime: Runtime, bundle: Callable[..., Path]
+) -> None:
+    path = bundle(LOOP)
+    running = subprocess.Popen(
+        runtime.command("run", "-b", path, "one"),
+        env=runtime.env,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+    )
+    wait_for("it runs", lambda: runtime("exec", "one", "/bin/ls", "/ready", check=False).stdout)
+    runtime.quietly("create", "-b", path, "two")
+    assert running.poll() is None
+    for name in ("one", "two"):
+        runtime("delete", "--force", name)
+    running.wait(timeout=60)
