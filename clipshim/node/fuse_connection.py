@@ -42,18 +42,20 @@ class Connection(NamedTuple):
     kernel_flags: int
 
 
-def mount_fuse(target: str, *, nosuid: bool) -> Connection:
+def mount_fuse(target: str, *, nosuid: bool, posix_acl: bool = False) -> Connection:
     """Mounts a new FUSE connection read-only at `target`.
 
+    `posix_acl`: access control lists are obeyed, and kept so that they are asked for once only.
     Raises OSError; nothing stays mounted then.
     """
+    wanted = WANTED | (wire.POSIX_ACL if posix_acl else 0)
     fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
     try:
         flags = syscalls.MS_RDONLY | syscalls.MS_NODEV | (syscalls.MS_NOSUID if nosuid else 0)
         data = f"fd={fd},rootmode=40000,user_id=0,group_id=0,allow_other,default_permissions"
         syscalls.mount("clipshim", target, "fuse.clipshim", flags, data)
         try:
-            kernel_flags = _answer_init(fd)
+            kernel_flags = _answer_init(fd, wanted)
         except BaseException:
             syscalls.umount2(target, syscalls.MNT_DETACH)
             raise
@@ -63,7 +65,7 @@ def mount_fuse(target: str, *, nosuid: bool) -> Connection:
     return Connection(fd, kernel_flags)
 
 
-def _answer_init(fd: int) -> int:
+def _answer_init(fd: int, wanted: int) -> int:
     poller = select.poll()
     poller.register(fd, select.POLLIN)
     if not poller.poll(INIT_TIMEOUT_MS):
@@ -73,12 +75,14 @@ def _answer_init(fd: int) -> int:
     if opcode != wire.INIT or length != len(request):
         raise OSError(errno.EPROTO, f"expected FUSE_INIT, got opcode {opcode}")
     fields = wire.INIT_IN.unpack_from(request, wire.IN_HEADER.size)
-    os.writev(fd, wire.reply(unique, init_reply(*fields)))
+    os.writev(fd, wire.reply(unique, init_reply(*fields, wanted=wanted)))
     kernel_flags: int = fields[3]
     return kernel_flags
 
 
-def init_reply(major: int, minor: int, max_readahead: int, flags: int) -> bytes:
+def init_reply(
+    major: int, minor: int, max_readahead: int, flags: int, *, wanted: int = WANTED
+) -> bytes:
     """The body of the answer to a FUSE_INIT request with these fields."""
     if major != FUSE_KERNEL_VERSION:
         raise OSError(errno.EPROTO, f"expected FUSE protocol 7, got {major}.{minor}")
@@ -86,7 +90,7 @@ def init_reply(major: int, minor: int, max_readahead: int, flags: int) -> bytes:
         FUSE_KERNEL_VERSION,
         min(minor, FUSE_MINOR),
         max_readahead,
-        WANTED & flags,
+        wanted & flags,
         MAX_BACKGROUND,
         MAX_BACKGROUND * 3 // 4,
         MAX_WRITE,

@@ -254,7 +254,7 @@ class Keeper:
         image_id, target = str(message["image_id"]), str(message["target"])
         if image_id in self.trees:
             raise DaemonError(f"tree {image_id} is being shown already")
-        fd, kernel_flags = fuse_connection.mount_fuse(target, nosuid=False)
+        fd, kernel_flags = fuse_connection.mount_fuse(target, nosuid=False, posix_acl=True)
         self.tree_fds[image_id] = fd
         no_opendir = bool(kernel_flags & fuse_wire.NO_OPENDIR_SUPPORT)
         config = dict(message["config"]) | {"no_opendir": no_opendir}

@@ -24,10 +24,10 @@ PATIENCE_S = 120.0
 class FuseMount:
     """Mounts a fresh FUSE connection; the connection lives as long as this object."""
 
-    def __init__(self, mountpoint: Path) -> None:
+    def __init__(self, mountpoint: Path, *, posix_acl: bool = False) -> None:
         self.mountpoint = mountpoint
         mountpoint.mkdir()
-        self.fd = fuse_connection.mount_fuse(str(mountpoint), nosuid=False).fd
+        self.fd = fuse_connection.mount_fuse(str(mountpoint), nosuid=False, posix_acl=posix_acl).fd
         self.servers: list[subprocess.Popen[bytes]] = []
 
     def __enter__(self) -> FuseMount:

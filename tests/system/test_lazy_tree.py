@@ -23,6 +23,17 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+READER = 4242  # whom only the access control list lets read
+# version 2; tag, permissions, id: owner rw, READER r, group none, mask r, others none (acl(5))
+ACL = struct.pack(
+    "<I" + "HHI" * 5,
+    2,
+    *(1, 6, 0xFFFFFFFF),
+    *(2, 4, READER),
+    *(4, 0, 0xFFFFFFFF),
+    *(16, 4, 0xFFFFFFFF),
+    *(32, 0, 0xFFFFFFFF),
+)
 CAPABILITY = struct.pack("<IIIII", 0x02000001, 1 << 13, 0, 0, 0)  # cap_net_raw+ep
 
 
@@ -60,8 +71,16 @@ def make_tar(path: Path) -> None:
             "usr/bin/ping2",
             b"x" * 10,
             pax_headers={
-                "SCHILY.xattr.security.capability": CAPABILITY.decode("latin-1"),
+                "SCHILY.xattr.security.capability": CAPABILITY.decode("utf-8", "surrogateescape"),
                 "SCHILY.xattr.user.note": "value",
+            },
+        )
+        add(
+            "listed",
+            b"for one reader\n",
+            mode=0o640,
+            pax_headers={
+                "SCHILY.xattr.system.posix_acl_access": ACL.decode("utf-8", "surrogateescape")
             },
         )
 
@@ -97,7 +116,7 @@ class ServedTree:
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Iterator[ServedTree]:
-    with FuseMount(tmp_path / "mnt") as mount:
+    with FuseMount(tmp_path / "mnt", posix_acl=True) as mount:
         served = ServedTree(mount, tmp_path)
         served.start()
         yield served
@@ -147,6 +166,23 @@ def test_extended_attributes_and_capabilities_are_there(tree: ServedTree) -> Non
     assert os.listxattr(tree.root / "usr/bin/su") == []
     with pytest.raises(OSError, match="No data"):
         os.getxattr(path, "user.nothing")
+
+
+def test_access_control_lists_are_obeyed(tree: ServedTree) -> None:
+    path = tree.root / "listed"
+    assert os.getxattr(path, "system.posix_acl_access") == ACL
+
+    def read_as(user: int) -> str:
+        return subprocess.run(
+            ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups", "cat", path.name],
+            cwd=tree.root,  # the directories above are not for other users
+            capture_output=True,
+            text=True,
+            check=False,
+        ).stdout
+
+    assert read_as(READER) == "for one reader\n"
+    assert read_as(READER + 1) == ""
 
 
 def test_hard_links_share_an_inode(tree: ServedTree) -> None:

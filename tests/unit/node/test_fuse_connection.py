@@ -32,6 +32,14 @@ def test_an_old_kernel_is_offered_nothing_it_does_not_know() -> None:
     assert struct.unpack_from("<H", reply, 28) == (0,)
 
 
+def test_only_what_the_kernel_has_can_be_wanted() -> None:
+    wanted = fuse_connection.WANTED | fuse_wire.POSIX_ACL
+    reply = init_reply(7, 45, 131072, ~fuse_wire.POSIX_ACL & 0xFFFFFFFF, wanted=wanted)
+    assert struct.unpack_from("<IIII", reply)[3] == fuse_connection.WANTED
+    reply = init_reply(7, 45, 131072, 0xFFFFFFFF, wanted=wanted)
+    assert struct.unpack_from("<IIII", reply)[3] == wanted
+
+
 def test_another_protocol_is_refused() -> None:
     with pytest.raises(OSError, match="protocol 7"):
         init_reply(8, 0, 0, 0)
