@@ -94,13 +94,13 @@ def mount_id_of_fd(fd: int) -> int:
     raise LookupError(f"no mnt_id in fdinfo of fd {fd}")
 
 
-def mount_at(path: str, mounts: "list[Mount] | None" = None) -> "Mount | None":
+def mount_at(path: str) -> "Mount | None":
     """The topmost mount whose mount point is exactly `path` (absolute, resolved)."""
-    found = None
-    for mount in read_mounts() if mounts is None else mounts:
-        if mount.mount_point == path:
-            found = mount
-    return found
+    found = b""
+    for line in _lines("self"):  # on a node with many containers most lines are not worth a Mount
+        if unescape(line.split(b" ", 5)[4]) == path:
+            found = line
+    return Mount(found) if found else None
 
 
 def mounts_beneath(path: str, mounts: "list[Mount] | None" = None) -> list[Mount]:

@@ -62,12 +62,16 @@ def test_this_process_sees_the_mount_that_a_file_lies_on() -> None:
     assert mount.mount_id in {entry.mount_id for entry in mountinfo.read_mounts()}
 
 
-def test_the_topmost_of_stacked_mounts_counts() -> None:
-    lines = [b"1 0 0:1 / /x rw - tmpfs a rw", b"2 1 0:2 / /x rw - tmpfs b rw"]
-    mounts = [mountinfo.Mount(line) for line in lines]
-    found = mountinfo.mount_at("/x", mounts)
-    assert found is not None
-    assert found.source == "b"
-    assert mountinfo.mount_at("/y", mounts) is None
-    assert mountinfo.mounts_beneath("/x", mounts) == mounts
+def test_the_topmost_of_stacked_mounts_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = [
+        b"1 0 0:1 / /x rw - tmpfs a rw",
+        b"2 1 0:2 / /x rw - tmpfs b rw",
+        rb"3 1 0:3 / /x\040y rw - tmpfs c rw",
+    ]
+    monkeypatch.setattr(mountinfo, "_lines", lambda _process: lines)
+    for path, source in (("/x", "b"), ("/x y", "c"), ("/y", None)):
+        found = mountinfo.mount_at(path)
+        assert (found.source if found else None) == source
+    mounts = mountinfo.read_mounts()
+    assert mountinfo.mounts_beneath("/x", mounts) == mounts[:2]
     assert mountinfo.mounts_beneath("/", mounts) == mounts
