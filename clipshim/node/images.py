@@ -210,10 +210,10 @@ class ImageNames:
             return None
 
     def keep_facts(self, facts: ImageFacts) -> None:
-        """Remembers a check."""
+        """Remembers a check. Not synced: what a host reset damages is checked again."""
         self._make()
         document: dict[str, Any] = {"version": FACTS_VERSION} | asdict(facts)
-        self._replace(self._facts_path(facts.digest), document)
+        self._replace(self._facts_path(facts.digest), document, sync=False)
 
     def _facts_path(self, digest: str) -> str:
         return self.path(digest).removesuffix(".clip") + ".facts"
@@ -248,19 +248,21 @@ class ImageNames:
     def _write_names(self, names: dict[str, str]) -> None:
         self._replace(self._names, names)
 
-    def _replace(self, path: str, document: dict[str, Any]) -> None:
+    def _replace(self, path: str, document: dict[str, Any], *, sync: bool = True) -> None:
         temporary = f"{self.directory}/.new-{secrets.token_hex(8)}"
         try:
             with open(temporary, "w", encoding="utf-8") as file:
                 json.dump(document, file, sort_keys=True)
-                file.flush()
-                os.fsync(file.fileno())
+                if sync:
+                    file.flush()
+                    os.fsync(file.fileno())
             os.rename(temporary, path)
         except OSError as exc:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(temporary)
             raise StoreError(f"{path}: {exc.strerror}") from exc
-        _sync_directory(self.directory)
+        if sync:
+            _sync_directory(self.directory)
 
 
 def _pieces(fd: int, limit: int) -> Iterator[bytes]:

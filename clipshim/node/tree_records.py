@@ -80,16 +80,16 @@ class TreeRecords:
     def write(self, record: TreeRecord) -> None:
         """Replaces a record. Not synced: after a host reset nothing is mounted."""
         document = json.dumps({"version": RECORD_VERSION} | asdict(record))
-        self._replace(f"{self.directory}/{record.image_id}.json", document.encode(), sync=False)
+        self._replace(f"{self.directory}/{record.image_id}.json", document.encode())
 
     def write_tree(self, image_id: str, tree: bytes) -> str:
         """Writes the tree unless it is here; returns its path."""
         path = self.tree_path(image_id)
-        # a host reset may have left other bytes
+        # Not synced: a host reset may leave other bytes, which are found here before they are used.
         with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
             if file.read(len(tree) + 1) == tree:
                 return path
-        self._replace(path, tree, sync=True)
+        self._replace(path, tree)
         return path
 
     def remove(self, image_id: str) -> None:
@@ -103,14 +103,11 @@ class TreeRecords:
         names = os.listdir(self.directory)
         return {name.rsplit(".", 1)[0] for name in names if not name.startswith(".")}
 
-    def _replace(self, path: str, data: bytes, *, sync: bool) -> None:
+    def _replace(self, path: str, data: bytes) -> None:
         temporary = f"{self.directory}/.new-{secrets.token_hex(8)}"
         try:
             with open(temporary, "wb") as file:
                 file.write(data)
-                if sync:
-                    file.flush()
-                    os.fsync(file.fileno())
             os.rename(temporary, path)
         except BaseException:
             with contextlib.suppress(FileNotFoundError):
