@@ -223,15 +223,26 @@ class LayerDirectory:
             self.close_layer(layer)
 
     def close(self) -> None:
-        """Closes everything."""
+        """Closes everything. Blocking, for the end of the server."""
         for layer in (*self._by_name.values(), *self._leaving):
-            self._close(layer)
+            if layer.reader is not None:
+                self._close(layer)
+                self._store.release(layer.key)
 
     def refresh(self, image_id: str) -> None:
-        """Has the layers of an image opened anew, with what is known now, where nobody reads."""
+        """More is allowed to an image: open layers ask it once more, as what it is now."""
         for layer in self._by_name.values():
             if image_id in layer.providers:
-                self.close_layer(layer)
+                layer.sourced.discard(image_id)
+                layer.has_news = True
+
+    async def _release(self, key: str) -> None:
+        try:
+            await trio.to_thread.run_sync(
+                self._store.release, key, limiter=self._fetching.disk_limiter
+            )
+        except (ClipError, OSError) as exc:
+            log.error("layer %s: %s", key, exc)
 
     def close_layer(self, layer: ShownLayer) -> None:
         """Closes a layer, once nobody reads or fetches it; the next read opens it again."""
@@ -240,15 +251,16 @@ class LayerDirectory:
                 self._leaving.add(layer)
             return
         self._leaving.discard(layer)
-        self._close(layer)
+        if layer.reader is not None:
+            self._close(layer)
+            # not here: it waits for the disk. Who opens the layer meanwhile gets the same object
+            self._fetching.nursery.start_soon(self._release, layer.key)
 
     def _close(self, layer: ShownLayer) -> None:
-        if layer.reader is None:
-            return
+        assert layer.reader is not None
         self._fetching.total.add(layer.reader.statistics)
         layer.take_statistics(layer.reader)
         layer.reader = None
-        self._store.release(layer.key)
         for index in layer.indexes:
             index.close()
         layer.indexes.clear()

@@ -154,7 +154,7 @@ class Node:
         for layer in record.layers:
             if (record.image_id, layer.key) in self._pinned:
                 self._pinned.discard((record.image_id, layer.key))
-                self.store.unpin(layer.key)
+                self.nursery.start_soon(trio.to_thread.run_sync, self.store.unpin, layer.key)
 
     def pin_again(self, record: TreeRecord) -> None:
         """After a restart: what is used directly must not be evicted. Blocking."""

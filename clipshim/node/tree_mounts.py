@@ -177,7 +177,7 @@ class TreeMounts:
                         await self._mount_now(tree, request)
                     assert tree.record is not None
                     if request.trusted and not tree.record.trusted:
-                        self._trust(tree)
+                        await self._trust(tree)
                     if request.hold is not None:
                         tree.holds.add(request.hold)
                     tree.idle_since = trio.current_time()
@@ -329,10 +329,10 @@ class TreeMounts:
         path = self._images.path(record.digest)
         self._layers.show(record.image_id, path, layers, trusted=record.trusted)
 
-    def _trust(self, tree: Tree) -> None:
+    async def _trust(self, tree: Tree) -> None:
         assert tree.record is not None
         tree.record = replace(tree.record, trusted=True)
-        self._records.write(tree.record)
+        await trio.to_thread.run_sync(self._records.write, tree.record)
         self._show(tree.record)
         self._layers.refresh(tree.image_id)
 
