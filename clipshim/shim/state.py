@@ -27,8 +27,11 @@ STATE_VERSION = 1
 KEPT_CONFIG = "config.json"
 DEFAULT_ROOT = "/run/runc"
 MAX_STATE_BYTES = 4 << 20
-# what else lies in run_dir: an ID of that name gets the longer key
-_RESERVED_NAMES = ("layers",)
+# What else lies in run_dir: an ID of that name gets the longer key. The daemon's files that are not
+# here end in .lock or .sock; a test compares this with what a daemon makes.
+_LAYERS = "layers"
+_RESERVED_NAMES = (_LAYERS, "keeper.json", "hand-mounts.json", "hand-mounts.json.new")
+_RESERVED_START = ".keeper.json."  # a draft
 
 
 def default_root(runtime: str) -> str:
@@ -154,7 +157,7 @@ def list_states(settings: "Settings") -> "list[str]":
         entry.name
         for entry in entries
         if entry.is_dir(follow_symlinks=False)
-        and entry.name not in _RESERVED_NAMES
+        and entry.name != _LAYERS
         and os.path.lexists(f"{entry.path}/lock")
     )
 
@@ -238,7 +241,11 @@ def make_private(path: str) -> None:
 
 
 def _is_plain(container_id: str) -> bool:
-    return container_id not in _RESERVED_NAMES and not container_id.endswith((".lock", ".sock"))
+    return not (
+        container_id in _RESERVED_NAMES
+        or container_id.startswith(_RESERVED_START)
+        or container_id.endswith((".lock", ".sock"))
+    )
 
 
 def _sha256_hex(data: bytes) -> str:

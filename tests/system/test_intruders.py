@@ -274,6 +274,27 @@ def test_an_id_that_is_one_of_our_names_is_just_an_id(
     assert node.container_mounts() == []
 
 
+def test_no_file_of_the_daemon_is_in_the_way_of_an_id_under_runcs_default_root(
+    node: Node, tiny_clip: Path, tmp_path: Path
+) -> None:
+    from clipshim.settings import load_settings
+    from clipshim.shim.state import DEFAULT_ROOT, ContainerLock, container_key
+
+    by_hand = tmp_path / "by-hand"
+    by_hand.mkdir()
+    node.clipshim("mount", tiny_clip, by_hand)
+    settings = load_settings(str(node.config))
+    names = set(os.listdir(settings.run_dir))
+    assert {"daemon.sock", "daemon.lock", "keeper.json", "hand-mounts.json", "layers"} <= names
+    for name in sorted(names):
+        key = container_key(name, DEFAULT_ROOT)
+        assert key not in names
+        with ContainerLock(settings, key, wait_s=0.0):
+            pass
+    node.clipshim("umount", by_hand)
+    assert node.ping() is not None
+
+
 @pytest.mark.parametrize("name", ["../escape", "..", ".", "a/b", "", "a\nb"])
 def test_an_id_cannot_leave_its_directory(
     node: Node, runtime: Runtime, tiny_clip: Path, tmp_path: Path, name: str

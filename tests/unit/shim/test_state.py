@@ -31,8 +31,19 @@ def test_keys_tell_roots_apart() -> None:
 
 
 def test_an_id_cannot_be_a_name_of_the_nodes() -> None:
-    for name in ("layers", "daemon.sock", "daemon.lock"):
-        assert state.container_key(name, state.DEFAULT_ROOT) != name
+    for name in (
+        "layers",
+        "daemon.sock",
+        "daemon.lock",
+        "start.lock",
+        "keeper.json",
+        ".keeper.json.12",
+        "hand-mounts.json",
+        "hand-mounts.json.new",
+    ):
+        key = state.container_key(name, state.DEFAULT_ROOT)
+        assert key.startswith(f"{name}-")
+        assert state.container_key(name, "/elsewhere") != key
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "../x", "a\0b", "x" * 300])
