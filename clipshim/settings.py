@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 DEFAULT_CONFIG = "/etc/clipshim/config.toml"
 CONFIG_ENV = "CLIPSHIM_CONFIG"
+_MAX_RUN_DIR = 90  # sun_path of unix(7) holds 107 bytes
 
 # key: (default, what it is for). Sizes in bytes, times in seconds.
 DEFAULTS: "dict[str, tuple[Any, str]]" = {
@@ -225,6 +226,9 @@ def _checked(key: str, value: "Any", path: str) -> "Any":
         good, expected = False, "one of " + ", ".join(CHOICES[key])
     if good and key in ("state_dir", "run_dir", "certs_dir"):
         good, expected = os.path.isabs(value), "an absolute path"
+    if good and key == "run_dir":
+        good = len(os.fsencode(value)) <= _MAX_RUN_DIR
+        expected = f"at most {_MAX_RUN_DIR} bytes, since sockets lie in it"
     if not good:
         raise ConfigError(f"{where}{key}: expected {expected}, got {value!r}")
     if key in ("state_dir", "run_dir"):

@@ -18,11 +18,13 @@ if TYPE_CHECKING:
 # index=off: an upper directory reused with other lower layers must mount (a graft after an engine's
 # restart); metacopy=off: engines' diff and commit read files of the upper directory as whole.
 FIXED_OPTIONS = ("index=off", "metacopy=off")
+VOLATILE = "volatile"  # from Linux 5.10: nothing is ever synced, at unmounting neither
 VOLATILE_FILE_SYSTEMS = {
     syscalls.TMPFS_MAGIC: "tmpfs",
     syscalls.RAMFS_MAGIC: "ramfs",
 }
 
+_CLASSIC_BYTES = 3000  # of names; mount(2) takes a page of options
 _CONFIG_STRING_BYTES = 255  # fs/fsopen.c: longer values of fsconfig are refused
 _ATTRIBUTES = {
     "ro": (syscalls.MOUNT_ATTR_RDONLY, syscalls.MS_RDONLY),
@@ -63,23 +65,33 @@ class OverlayPlan:
         return f"overlay at {self.target}: lower {':'.join(self.lowers)}{upper}"
 
     def execute(self) -> None:
-        """Mounts it. Raises MountError."""
+        """Mounts it; not volatile where the kernel cannot. Raises MountError."""
         try:
             try:
-                self._mount_new_api()
+                self._mount_either_way()
             except OSError as exc:
-                # ENOSYS: before Linux 5.2; EINVAL: `lowerdir+` is of Linux 6.8
-                if exc.errno not in (errno.ENOSYS, errno.EINVAL):
+                if exc.errno != errno.EINVAL or VOLATILE not in self.options:
                     raise
-                self._mount_classic()
+                self.options = tuple(option for option in self.options if option != VOLATILE)
+                self._mount_either_way()
         except OSError as exc:
             raise MountError(f"{self.describe()}: {exc}") from exc
 
-    def _mount_new_api(self) -> None:
-        held: list[int] = []  # descriptors that stand for names too long for fsconfig
+    def _mount_either_way(self) -> None:
+        try:
+            self._mount_new_api()
+        except OSError as exc:
+            # ENOSYS: before Linux 5.2; EINVAL: `lowerdir+` is of Linux 6.8
+            if exc.errno not in (errno.ENOSYS, errno.EINVAL):
+                raise
+            self._mount_classic()
 
-        def name(path: str) -> str:
-            if len(os.fsencode(path)) <= _CONFIG_STRING_BYTES:
+    def _mount_new_api(self) -> None:
+        held: list[int] = []  # descriptors that stand for names that fsconfig does not take
+
+        def name(path: str, *, unescaped: bool = False) -> str:
+            fits = len(os.fsencode(path)) <= _CONFIG_STRING_BYTES
+            if fits and not (unescaped and "\\" in path):
                 return path
             held.append(os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
             return f"/proc/self/fd/{held[-1]}"
@@ -90,8 +102,10 @@ class OverlayPlan:
             for lower in self.lowers:
                 syscalls.fsconfig_string(context, "lowerdir+", name(lower))
             if self.upper and self.work:
-                syscalls.fsconfig_string(context, "upperdir", name(self.upper))
-                syscalls.fsconfig_string(context, "workdir", name(self.work))
+                # fs/overlayfs/params.c takes backslashes out of these two, whichever way they come
+                upper, work = (name(path, unescaped=True) for path in (self.upper, self.work))
+                syscalls.fsconfig_string(context, "upperdir", upper)
+                syscalls.fsconfig_string(context, "workdir", work)
             for option in self.options:
                 key, equals, value = option.partition("=")
                 if equals:
@@ -113,10 +127,18 @@ class OverlayPlan:
             os.close(mounted)
 
     def _mount_classic(self) -> None:
-        """mount(2) with /proc/self/fd/N for every name: short, and nothing to escape."""
+        """mount(2) with the names as they are, or numbers of descriptors if those do not fit.
+
+        mountinfo shows what was passed, and teardown.py looks for the upper directory there.
+        """
         held: list[int] = []
+        names = [name for name in (*self.lowers, self.upper, self.work) if name]
+        size = sum(len(os.fsencode(name)) + 1 for name in names)
+        plain = size <= _CLASSIC_BYTES and not any(c in name for name in names for c in "\\:,")
 
         def name(path: str) -> str:
+            if plain:
+                return os.path.abspath(path)
             held.append(os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
             return str(held[-1])
 
@@ -129,7 +151,7 @@ class OverlayPlan:
             if self.upper and self.work:
                 options += [f"upperdir={name(self.upper)}", f"workdir={name(self.work)}"]
             options += self.options
-            os.chdir("/proc/self/fd")  # names become numbers: 1000 layers fit into one page
+            os.chdir("/proc/self/fd")  # 1000 layers fit into one page, and nothing needs an escape
             syscalls.mount(self.source, self.target, "overlay", flags, ",".join(options))
         finally:
             os.fchdir(before)
@@ -149,7 +171,16 @@ def refuse_volatile(path: str, what: str) -> None:
 
 
 def fuse_overlayfs_command(plan: OverlayPlan, program: str) -> "list[str]":
-    """The command that mounts a plan with fuse-overlayfs, which then stays in the background."""
+    """The command that mounts a plan with fuse-overlayfs, which then stays in the background.
+
+    Raises MountError for a layer that it cannot name.
+    """
+    for lower in plan.lowers:
+        if ":" in lower:
+            raise MountError(
+                f"{plan.describe()}: fuse-overlayfs takes no colon in a layer: {lower}",
+                hint='use overlay = "kernel", or directories without a colon',
+            )
     options = [f"lowerdir={':'.join(_escaped(lower) for lower in plan.lowers)}"]
     if plan.upper and plan.work:
         options += [f"upperdir={_escaped(plan.upper)}", f"workdir={_escaped(plan.work)}"]

@@ -56,18 +56,37 @@ def test_an_image_is_mounted_with_its_device(tmp_path: Path, target: Path) -> No
         erofs.mount_erofs_fd(str(tmp_path / "meta"), [str(tmp_path / "missing")])
 
 
-@pytest.mark.parametrize("way", ["new", "classic"])
-def test_overlays_with_odd_names_and_many_layers(
-    way: str, tmp_path: Path, target: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if way == "classic":
+@pytest.fixture(params=["new", "classic"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways to mount an overlay: kernels before 6.8 cannot take one layer a call."""
+    if request.param == "classic":
 
         def missing(_: str) -> int:
             raise OSError(errno.ENOSYS, "fsopen")
 
         monkeypatch.setattr(syscalls, "fsopen", missing)
+
+
+@pytest.mark.usefixtures("way")
+def test_mountinfo_names_the_directories(tmp_path: Path, target: Path) -> None:
+    """What takes a mount down later looks for them there."""
+    names = {}
+    for name in ("lower", "upper", "work"):
+        (tmp_path / name).mkdir()
+        names[name] = str(tmp_path / name)
+    overlay.OverlayPlan(
+        str(target), [names["lower"]], upper=names["upper"], work=names["work"]
+    ).execute()
+    mount = mountinfo.mount_at(str(target))
+    assert mount is not None
+    for name in ("upper", "work"):
+        assert f"{name}dir={names[name]}" in mount.super_options
+
+
+@pytest.mark.usefixtures("way")
+def test_overlays_with_odd_names_and_many_layers(tmp_path: Path, target: Path) -> None:
     layers = _layers(tmp_path, 120)
-    upper, work = tmp_path / "up:per", tmp_path / "wo,rk"
+    upper, work = tmp_path / "up:p\\er \\", tmp_path / "w\\\\o,rk"
     for path in (upper, work):
         path.mkdir()
     before = os.getcwd()
@@ -89,6 +108,47 @@ def test_a_name_longer_than_the_mount_api_takes(tmp_path: Path, target: Path) ->
     plan = overlay.OverlayPlan(str(target), [str(long_name), str(tmp_path / "other")])
     plan.execute()
     assert (target / "proc").is_dir()
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["volatile", "before Linux 5.10"])
+def test_volatile_where_the_kernel_knows_it(
+    known: bool, tmp_path: Path, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not known:
+        set_flag, mount = syscalls.fsconfig_flag, syscalls.mount
+
+        def refuse_flag(fd: int, key: str) -> None:
+            if key == overlay.VOLATILE:
+                raise OSError(errno.EINVAL, "fsconfig")
+            set_flag(fd, key)
+
+        def refuse_option(source: str, path: str, kind: str, flags: int, options: str) -> None:
+            if overlay.VOLATILE in options.split(","):
+                raise OSError(errno.EINVAL, "mount")
+            mount(source, path, kind, flags, options)
+
+        monkeypatch.setattr(syscalls, "fsconfig_flag", refuse_flag)
+        monkeypatch.setattr(syscalls, "mount", refuse_option)
+    for name in ("lower", "upper", "work"):
+        (tmp_path / name).mkdir()
+    overlay.OverlayPlan(
+        str(target),
+        [str(tmp_path / "lower")],
+        upper=str(tmp_path / "upper"),
+        work=str(tmp_path / "work"),
+        options=(*overlay.FIXED_OPTIONS, overlay.VOLATILE),
+    ).execute()
+    found = mountinfo.mount_at(str(target))
+    assert found is not None
+    # "fsync=volatile" is Linux 6.18's
+    shown = {overlay.VOLATILE, f"fsync={overlay.VOLATILE}"} & set(found.super_options)
+    assert bool(shown) is known
+
+
+def test_fuse_overlayfs_is_not_given_what_it_would_misread(tmp_path: Path) -> None:
+    plan = overlay.OverlayPlan(str(tmp_path), ["/a:b"], upper="/u", work="/w")
+    with pytest.raises(MountError, match="no colon in a layer: /a:b"):
+        overlay.fuse_overlayfs_command(plan, "fuse-overlayfs")
 
 
 def test_a_failed_mount_names_the_plan(tmp_path: Path, target: Path) -> None:

@@ -86,6 +86,7 @@ def test_a_named_file_must_exist(tmp_path: Path) -> None:
         ("runtimes = [1]", "runtimes: expected a list of strings"),
         ('index_on_demand = "yes"', "index_on_demand: expected true or false"),
         ('state_dir = "clip"', "state_dir: expected an absolute path"),
+        (f'run_dir = "/{"x" * 90}"', "run_dir: expected at most 90 bytes"),
         ("mode = ", "Invalid value"),
     ],
 )
