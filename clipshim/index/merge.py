@@ -10,6 +10,8 @@ Where unpackers disagree or fail:
 - A hard link may come before its target in the layer, and may name a file of a lower layer, even
   one that the same layer whites out. Its own metadata is ignored.
 - A file where a directory is needed gives way to an implied directory.
+- What AUFS kept for itself at the top (`.wh..wh.plnk` and the like, in images of 2016 and before) is
+  no part of the image, but hard links of the same layer may lead to it, as in Docker and containerd.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,6 +21,7 @@ from clipshim.errors import LayerError
 from clipshim.index.tar_walk import DIRECTORY, HARD_LINK, SYMLINK, TarEntry
 
 WHITEOUT = b".wh."
+AUFS = b".wh..wh."
 OPAQUE = b".wh..wh..opq"
 MAX_LINKS_FOLLOWED = 255  # as umoci's securejoin
 MAX_STEPS = 20_000_000  # path components of symbolic links that one layer may make us walk
@@ -117,6 +120,10 @@ class _Layer:
         if self._waiting:
             entry = self._waiting[0]
             self._fail(entry, f"hard link to {entry.linkname!r}, which does not exist")
+        names = self._root.children
+        assert names is not None
+        for name in [name for name in names if name.startswith(AUFS)]:
+            del names[name]
 
     def _fail(self, entry: TarEntry, what: str) -> NoReturn:
         raise LayerError(f"layer {self._name}: entry {entry.name!r}: {what}")

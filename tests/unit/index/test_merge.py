@@ -57,6 +57,24 @@ def test_whiteouts_spare_what_their_own_layer_brings() -> None:
     assert early == late == paths(tree_of(LOWER))
 
 
+def test_what_aufs_kept_for_itself_is_no_file_of_the_image() -> None:
+    """As Docker and containerd: such files exist for the hard links of their own layer only."""
+    old = layer(
+        directory(".wh..wh.plnk/"),
+        directory(".wh..wh.orph/"),
+        member(".wh..wh.aufs"),
+        member(".wh..wh.plnk/1.2", b"shared"),
+        link("one", ".wh..wh.plnk/1.2"),
+        link("two", ".wh..wh.plnk/1.2"),
+    )
+    tree = tree_of(old, layer(member("three", b"3")))
+    assert paths(tree) == {b"one", b"two", b"three"}
+    assert content(tree, [old], b"one") == b"shared"
+    assert tree.stat(find(tree, b"one")).nlink == 2
+    with pytest.raises(LayerError, match="which does not exist"):
+        tree_of(old, layer(link("four", ".wh..wh.plnk/1.2")))
+
+
 def test_an_opaque_marker_keeps_the_directory_and_its_own_layers_files() -> None:
     for upper in (
         [member("dir/.wh..wh..opq"), member("dir/new"), member("dir/sub/new")],
