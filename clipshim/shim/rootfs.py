@@ -203,7 +203,11 @@ def _mount_own(
             os.chown(upper, facts.st_uid, facts.st_gid)
             os.chmod(upper, facts.st_mode & 0o7777)
     above = [name for name in state.values.get("lowers", ()) if isinstance(name, str)]
-    plan = overlay.OverlayPlan(target, [*above, lower], upper=upper, work=work)
+    if reuse_upper:
+        graft.forget_volatile(work)
+    # volatile: what a container wrote goes with it; without, unmounting writes out the whole disk
+    options = (*overlay.FIXED_OPTIONS, overlay.VOLATILE)
+    plan = overlay.OverlayPlan(target, [*above, lower], upper=upper, work=work, options=options)
     _execute(plan, fuse=settings.overlay == "fuse-overlayfs")
     undo.push(syscalls.umount2, target, syscalls.MNT_DETACH | syscalls.UMOUNT_NOFOLLOW)
     return target
