@@ -138,6 +138,8 @@ def _engine_overlay(
     restores_own = kept is not None and kept.text("kind") == "own"
     if call.line.verb == "run" or restores_own or found.maps_users or found.rootfs in ("", "/"):
         return None
+    if found.rootfs.startswith(f"{run_dir}/"):
+        return None  # the own rootfs of another container of this bundle
     try:
         engine = rootfs.engine_overlay(found.rootfs, run_dir)
     except (ClipError, OSError):

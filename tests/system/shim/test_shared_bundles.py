@@ -25,6 +25,8 @@ def test_two_containers_of_one_bundle(
     before = (path / "config.json").read_text()
     for name in ("one", "two"):
         runtime.quietly("create", "-b", path, name)
+        key = state.container_key(name, str(runtime.root))
+        assert (node.run_dir / key / "rootfs/bin").is_dir(), "a root of its own"
     for name in ("one", "two"):
         runtime("delete", "--force", name)
     assert (path / "config.json").read_text() == before
