@@ -73,6 +73,14 @@ class Docker(Client):
         ]
         self.daemon.start(command, self, "version")
 
+    @property
+    def forgets_deletions(self) -> bool:
+        """Whether commits and builds lack what was deleted from a stub's tree.
+
+        containerd's store compares what it can mount itself: the stub, which never had the files.
+        """
+        return self.target.lazy and CONTAINERD_STORE
+
     def close(self) -> None:
         """Removes all containers, ends the daemon, deletes its directory."""
         if self.daemon.process is not None:
