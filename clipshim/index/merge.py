@@ -10,8 +10,8 @@ Where unpackers disagree or fail:
 - A hard link may come before its target in the layer, and may name a file of a lower layer, even
   one that the same layer whites out. Its own metadata is ignored.
 - A file where a directory is needed gives way to an implied directory.
-- What AUFS kept for itself at the top (`.wh..wh.plnk` and the like, in images of 2016 and before) is
-  no part of the image, but hard links of the same layer may lead to it, as in Docker and containerd.
+- What AUFS kept for itself at the top (`.wh..wh.plnk` and the like, in images of 2016 and before)
+  is no part of the image, but hard links of its layer may lead to it, as in Docker and containerd.
 """
 
 from collections.abc import Iterator, Sequence
