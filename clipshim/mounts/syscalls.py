@@ -41,6 +41,7 @@ MOUNT_ATTR_NOSUID = 0x2
 MOUNT_ATTR_NODEV = 0x4
 MOUNT_ATTR_NOEXEC = 0x8
 MOUNT_ATTR_NOATIME = 0x10
+MOUNT_ATTR_IDMAP = 0x100000
 
 RESOLVE_NO_MAGICLINKS = 0x2  # linux/openat2.h
 RESOLVE_NO_SYMLINKS = 0x4
@@ -48,6 +49,7 @@ RESOLVE_BENEATH = 0x8
 RESOLVE_IN_ROOT = 0x10
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+CLONE_NEWUSER = 0x10000000  # linux/sched.h
 
 OVERLAYFS_SUPER_MAGIC = 0x794C7630  # linux/magic.h
 TMPFS_MAGIC = 0x01021994
@@ -99,6 +101,7 @@ _libc.mount.argtypes = (
     ctypes.c_char_p,
 )
 _libc.umount2.argtypes = (ctypes.c_char_p, ctypes.c_int)
+_libc.unshare.argtypes = (ctypes.c_int,)
 _libc.statfs.argtypes = (ctypes.c_char_p, ctypes.POINTER(_Statfs))
 _libc.fstatfs.argtypes = (ctypes.c_int, ctypes.POINTER(_Statfs))
 _libc.prctl.argtypes = (
@@ -241,11 +244,12 @@ def mount_setattr(
     set_attributes: int = 0,
     clear_attributes: int = 0,
     propagation: int = 0,
+    userns_fd: int = 0,
     recursive: bool = False,
 ) -> None:
-    """mount_setattr(2), Linux 5.12+."""
+    """mount_setattr(2), Linux 5.12+. `userns_fd` goes with MOUNT_ATTR_IDMAP."""
     flags = (0 if path else AT_EMPTY_PATH) | (AT_RECURSIVE if recursive else 0)
-    attributes = _MountAttr(set_attributes, clear_attributes, propagation, 0)
+    attributes = _MountAttr(set_attributes, clear_attributes, propagation, userns_fd)
     if _syscall(
         _NR_MOUNT_SETATTR,
         _int(dir_fd),
@@ -282,6 +286,12 @@ def fs_type(path_or_fd: "str | bytes | int") -> int:
     elif _libc.statfs(_bytes(path_or_fd), ctypes.byref(buffer)):
         _fail("statfs", os.fsdecode(path_or_fd))
     return int(buffer.f_type) & 0xFFFFFFFF
+
+
+def unshare(flags: int) -> None:
+    """unshare(2), which os has from Python 3.12 on."""
+    if _libc.unshare(flags):
+        _fail("unshare")
 
 
 def prctl(option: int, argument: "Any" = 0) -> None:

@@ -49,7 +49,19 @@ class Bundle:
     def maps_users(self) -> bool:
         """Whether the container's users are others on the host (a user namespace)."""
         linux = self.config.get("linux")
-        return isinstance(linux, dict) and bool(linux.get("uidMappings"))
+        mapped = isinstance(linux, dict) and bool(linux.get("uidMappings"))
+        return mapped or bool(self.user_namespace)
+
+    @property
+    def user_namespace(self) -> str:
+        """The path of the user namespace that the container is to join; empty if there is none."""
+        linux = self.config.get("linux")
+        spaces = linux.get("namespaces") if isinstance(linux, dict) else None
+        for space in spaces if isinstance(spaces, list) else ():
+            if isinstance(space, dict) and space.get("type") == "user":
+                path = space.get("path")
+                return path if isinstance(path, str) else ""
+        return ""
 
     def set_root_path(self, path: str) -> None:
         """Replaces root.path in config.json: the whole new file or the whole old one is there."""
@@ -85,7 +97,10 @@ class Bundle:
                 os.unlink(temporary)
             except OSError:
                 pass  # it was not made, or the directory takes no changes
-            raise BundleError(f"{name}: cannot be replaced: {exc}") from exc
+            raise BundleError(
+                f"{name}: cannot be replaced: {exc}",
+                hint="root.path in it is rewritten while the container exists",
+            ) from exc
 
 
 def _orders_renames(fd: int) -> bool:

@@ -90,7 +90,13 @@ def _create_locked(
                     reference=tree.facts.get("reference"),
                 )
                 target = rootfs.mount_rootfs(
-                    settings, state, tree, engine, undo, reuse_upper=kept is not None
+                    settings,
+                    state,
+                    tree,
+                    engine,
+                    undo,
+                    reuse_upper=kept is not None,
+                    userns_fd=_user_namespace(found, undo),
                 )
             finally:
                 os.close(tree.fd)
@@ -202,6 +208,18 @@ def _request_tree(settings: "Settings", key: str, named: "Source") -> "rootfs.Tr
         return rootfs.Tree(reply.values, reply.take_fd())
     finally:
         reply.close()
+
+
+def _user_namespace(found: "Bundle", undo: Undo) -> int:
+    """A descriptor that the roll-back may need too; -1 without a user namespace."""
+    if not found.maps_users:
+        return -1
+    from clipshim.shim import idmap  # only with a user namespace
+
+    fd = idmap.user_namespace(found)
+    if fd >= 0:
+        undo.push(os.close, fd)
+    return fd
 
 
 def _remove_stale(call: "Call", key: str) -> "ContainerState | None":

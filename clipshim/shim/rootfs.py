@@ -101,20 +101,26 @@ def mount_rootfs(
     undo: "Undo",
     *,
     reuse_upper: bool = False,
+    userns_fd: int = -1,
 ) -> str:
     """Mounts what the state plans; returns the rootfs. Raises MountError and VerifyError.
 
     Each thing that is made is pushed on `undo`, which the caller unwinds on failure. With
-    `reuse_upper` the upper directory is there already and stays, whatever happens.
+    `reuse_upper` the upper directory is there already and stays, whatever happens. With `userns_fd`
+    the tree's owners are shifted as in that user namespace.
     """
     lower = f"{state.directory}/lower"
     try:
         expected_device = os.fstat(tree.fd).st_dev
+        if userns_fd >= 0:
+            from clipshim.shim import idmap  # only with a user namespace
+
+            idmap.map_owners(tree.fd, userns_fd)
         with _Attached(tree.fd, lower):
             trace("create-attached")
             verify.verify_tree(lower, expected_device)
             if engine is not None:
-                target = _mount_graft(state, engine, lower, undo)
+                target = _mount_graft(engine, lower, undo, userns_fd)
             else:
                 target = _mount_own(settings, state, lower, undo, reuse_upper=reuse_upper)
         trace("create-mounted")
@@ -151,9 +157,7 @@ class _Attached:
         os.rmdir(self._path)
 
 
-def _mount_graft(
-    state: "ContainerState", engine: "graft.EngineOverlay", lower: str, undo: "Undo"
-) -> str:
+def _mount_graft(engine: "graft.EngineOverlay", lower: str, undo: "Undo", userns_fd: int) -> str:
     flags = syscalls.UMOUNT_NOFOLLOW
     try:
         syscalls.umount2(engine.target, flags)
@@ -162,19 +166,31 @@ def _mount_graft(
             f"rootfs {engine.target}: the engine's overlay cannot be replaced: {exc}"
         ) from exc
     if engine.lowers:  # none: what an interrupted create has left, which nobody can put back
-        undo.push(_mount_again, engine)
+        undo.push(_mount_again, engine, userns_fd)
     trace("create-unmounted")
     if engine.volatile and engine.work:
         graft.forget_volatile(engine.work)
-    _execute(engine.graft_plan(lower), fuse=engine.is_fuse)
+    _execute_on_layers(engine, engine.graft_plan(lower), userns_fd)
     undo.push(syscalls.umount2, engine.target, flags | syscalls.MNT_DETACH)
     return engine.target
 
 
-def _mount_again(engine: "graft.EngineOverlay") -> None:
+def _mount_again(engine: "graft.EngineOverlay", userns_fd: int) -> None:
     if engine.volatile and engine.work:
         graft.forget_volatile(engine.work)
-    _execute(engine.plan(), fuse=engine.is_fuse)
+    _execute_on_layers(engine, engine.plan(), userns_fd)
+
+
+def _execute_on_layers(
+    engine: "graft.EngineOverlay", plan: overlay.OverlayPlan, userns_fd: int
+) -> None:
+    if userns_fd < 0:
+        _execute(plan, fuse=engine.is_fuse)
+        return
+    from clipshim.shim import idmap  # only with a user namespace
+
+    with idmap.MappedLayers(plan.lowers, userns_fd):
+        _execute(plan, fuse=engine.is_fuse)
 
 
 def _mount_own(

@@ -175,3 +175,13 @@ def test_an_ordinary_image_runs_as_ever(podman: Podman) -> None:
     out = run(podman, ORDINARY, "sh", "-c", "id -u; echo x > /x; cat /x; ls -a /")
     assert out.split()[:2] == ["0", "x"]
     assert ".clip" not in out
+
+
+def test_a_user_namespace_of_its_own(podman: Podman) -> None:
+    """The image's files belong to the container's root, who may change them."""
+    maps = ["--uidmap=0:100000:65536", "--gidmap=0:100000:65536"]
+    script = (
+        "stat -c %u:%g /usr/bin/python3 /etc/issue /app; echo x >>/etc/issue; rm /app/hello.py; "
+        "stat -c %u:%g /etc/issue; tail -1 /etc/issue; python3 -c 'print(1)'"
+    )
+    assert run(podman, *maps, IMAGE, "sh", "-c", script).split() == ["0:0"] * 4 + ["x", "1"]

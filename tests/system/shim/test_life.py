@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -176,31 +175,6 @@ def test_many_at_once_start_one_daemon(
                 f"number {number}\n" for number in range(len(paths))
             ]
     assert_clean(node)
-
-
-def test_a_user_namespace(node: Node, runtime: Runtime, bundle: Callable[..., Path]) -> None:
-    """Its root, an ordinary user of the host, cannot enter run_dir."""
-    path = bundle(["/bin/sh", "-c", "ls /bin/busybox; id -u"])
-    config = json.loads((path / "config.json").read_text())
-    mapping = [{"containerID": 0, "hostID": 100_000, "size": 65_536}]
-    config["linux"].update(uidMappings=mapping, gidMappings=mapping)
-    config["linux"]["namespaces"].append({"type": "user"})
-    kept = ("proc", "tmpfs", "devpts")  # others need a network namespace or more
-    config["mounts"] = [mount for mount in config["mounts"] if mount["type"] in kept]
-    (path / "config.json").write_text(json.dumps(config))
-    for above in (path, *path.parents):
-        if above == runtime.root.parents[2]:
-            break
-        os.chmod(above, above.stat().st_mode | 0o011)
-    assert runtime("run", "-b", path, "box").stdout == "/bin/busybox\n0\n"
-    assert json.loads((path / "config.json").read_text()) == config
-    runtime.quietly("create", "-b", path, "box")
-    second = runtime("create", "-b", path, "other", check=False)
-    assert second.returncode == 1
-    assert "another container's rootfs" in second.stderr
-    runtime("delete", "--force", "box")
-    assert_clean(node)
-    assert os.listdir(path / "rootfs") == []
 
 
 def test_directories_too_deep_for_the_descriptors_there_are(
