@@ -1,5 +1,7 @@
 """The server's side of the mount worker: one process, one request at a time, restarted if lost."""
 
+import contextlib
+import fcntl
 import logging
 import os
 import subprocess
@@ -26,7 +28,7 @@ REQUEST_TIMEOUT_S = 60.0
 
 
 class MountClient:
-    """Asks the worker, which is started when it is first needed."""
+    """Asks the worker, which is started again when it is needed and gone."""
 
     def __init__(self, run_dir: str) -> None:
         self._lock_path = f"{run_dir}/worker.lock"
@@ -36,8 +38,21 @@ class MountClient:
         self._next_id = 0
 
     async def settle(self) -> None:
-        """Returns when no worker of an earlier server is at work."""
-        await self._ask({"op": "settle"})
+        """Returns when no worker of an earlier server is at work. Raises MountError.
+
+        Our own is started already, so that the first mount need not wait for it.
+        """
+        with contextlib.suppress(OSError):  # whoever asks it for something will learn why
+            self._start()
+        try:
+            with trio.fail_after(REQUEST_TIMEOUT_S):
+                await trio.to_thread.run_sync(
+                    _wait_for_lock, self._lock_path, abandon_on_cancel=True
+                )
+        except (OSError, trio.TooSlowError) as exc:
+            raise MountError(
+                f"mount worker of an earlier server: {str(exc) or 'still at work'}"
+            ) from exc
 
     async def probe(self, directory: str) -> str | None:
         """Why EROFS cannot be mounted from files in `directory`; None if it can."""
@@ -129,6 +144,14 @@ class MountClient:
                 trio.lowlevel.spawn_system_task(_reap, self._process)
             self._process = None
         self.close()
+
+
+def _wait_for_lock(path: str) -> None:
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+    finally:
+        os.close(fd)
 
 
 async def _reap(process: "subprocess.Popen[bytes]") -> None:

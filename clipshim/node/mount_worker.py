@@ -63,8 +63,6 @@ class Worker:
 
     def _do(self, request: Message, reply_fds: list[int]) -> Message:
         match request.get("op"):
-            case "settle":  # the worker of the last server is done, now that the lock is ours
-                return {}
             case "probe":
                 return {"reason": erofs.probe_erofs(request["directory"])}
             case "mount_erofs":
