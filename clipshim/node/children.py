@@ -56,8 +56,14 @@ class Child:
             stdin=subprocess.DEVNULL,
             pass_fds=fds,
         )
-        self.process = ProcessId.of(self._popen.pid)
-        self.pidfd = os.pidfd_open(self._popen.pid)
+        try:
+            self.process = ProcessId.of(self._popen.pid)
+            self.pidfd = os.pidfd_open(self._popen.pid)
+        except OSError:  # one that is not watched would run beside the next one
+            self._popen.kill()
+            self._popen.wait()
+            self._popen = self.process = None
+            raise
         self._started = time.monotonic()
         self.restart_at = None
 

@@ -14,7 +14,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from clipshim.errors import ClipError
-from clipshim.settings import Settings, load_settings
+from clipshim.node.kept_settings import settings_of_daemon
+from clipshim.settings import Settings
 from clipshim.shim import teardown
 from clipshim.shim.state import ContainerLock, is_valid_id, list_states, load_state
 
@@ -96,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true")
     options = parser.parse_args(arguments)
     try:
-        for report in clean(load_settings(), dry_run=options.dry_run):
+        for report in clean(settings_of_daemon(), dry_run=options.dry_run):
             sys.stdout.write(json.dumps(report) + "\n")
     except (ClipError, OSError) as exc:
         sys.stderr.write(f"{exc}\n")

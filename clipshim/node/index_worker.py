@@ -6,9 +6,9 @@ from pathlib import Path
 
 from clipshim.errors import ClipError
 from clipshim.index.builder import BuildOptions, build_index
+from clipshim.node.kept_settings import settings_of_daemon
 from clipshim.registry.access import RegistryAccess
 from clipshim.registry.sources import open_source
-from clipshim.settings import load_settings
 
 
 def main() -> int:
@@ -19,7 +19,7 @@ def main() -> int:
     parser.add_argument("--anonymous", action="store_true")
     options = parser.parse_args()
     try:
-        access = RegistryAccess.from_settings(load_settings(), anonymous=options.anonymous)
+        access = RegistryAccess.from_settings(settings_of_daemon(), anonymous=options.anonymous)
         source = open_source(options.image, platform=None, access=access)
         build_index(source, options.output, BuildOptions(), None)
     except (ClipError, OSError) as exc:

@@ -18,6 +18,7 @@ import fcntl
 import json
 import logging
 import os
+import secrets
 import signal
 import socket
 import sys
@@ -26,11 +27,11 @@ from clipshim.errors import ClipError, DaemonError
 from clipshim.mounts import mountinfo
 from clipshim.node import fuse_connection, own_cgroup, sd_notify
 from clipshim.node.control import close_all
-from clipshim.node.keeper_loop import Keeper, mount_layers, unmount_all
-from clipshim.node.keeper_state import STATE_NAME, KeeperState, new_generation, read_state
-from clipshim.node.logs import configure
+from clipshim.node.keeper_loop import Keeper, mount_layers, note_early_signals, unmount_all
+from clipshim.node.keeper_state import STATE_NAME, KeeperState, read_state
+from clipshim.node.kept_settings import keep, settings_of_daemon
 from clipshim.node.processes import raise_limits
-from clipshim.settings import CONFIG_ENV, Settings, load_settings
+from clipshim.settings import CONFIG_ENV, Settings
 
 log = logging.getLogger("clipshim.node.keeper")
 
@@ -87,7 +88,7 @@ def start_fresh(settings: Settings) -> Keeper | None:
         unmount_all(settings.layers_mount)
         os.makedirs(settings.layers_mount, mode=0o700, exist_ok=True)
         layers_fd = mount_layers(settings)
-        state = KeeperState(new_generation())
+        state = KeeperState(secrets.token_hex(8))
     for name, fd in kept.items():
         os.close(fd)
         sd_notify.forget_fd(name)
@@ -190,11 +191,13 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.config:
         os.environ[CONFIG_ENV] = options.config
+    if options.adopt:
+        note_early_signals()
     raise_limits()
     try:
-        settings = load_settings()
+        settings = settings_of_daemon(fresh=not options.adopt)
         resolve_directories(settings)
-        configure(settings.log_format, settings.log_level)
+        keep(settings)
         if options.own_cgroup:
             own_cgroup.move_self()
         keeper = adopt(settings, options.adopt) if options.adopt else _start(settings)

@@ -84,7 +84,11 @@ class KeeperLink:
     async def _start_keeper(self) -> None:
         self.keeper_deaths += 1
         log.warning("keeper is gone, starting a new one")
-        ours, theirs = control_pair()
+        try:
+            ours, theirs = control_pair()
+        except OSError as exc:
+            await self._try_later(exc)
+            return
         adoption = {"control": theirs.fileno(), "trees": self.trees} | self._spare
         held = [*self._spare.values(), *self.trees.values()]
         fds = [theirs.fileno(), *(fd for fd in held if fd >= 0)]
@@ -95,8 +99,7 @@ class KeeperLink:
                 )
             except OSError as exc:
                 ours.close()
-                log.error("keeper cannot be started: %s", exc)
-                await trio.sleep(1.0)  # back-off: out of processes or memory
+                await self._try_later(exc)
                 return
         self._socket.close()
         self._socket = self._prepared(ours)
@@ -105,6 +108,11 @@ class KeeperLink:
                 close_all(fds)
             self._answers.clear()
             self._answered.notify_all()
+
+    @staticmethod
+    async def _try_later(exc: OSError) -> None:
+        log.error("keeper cannot be started: %s", exc)
+        await trio.sleep(1.0)  # back-off: out of descriptors, processes or memory
 
     async def ask(self, request: Message) -> list[int]:
         """Sends a request; returns the descriptors of the answer. Raises DaemonError."""

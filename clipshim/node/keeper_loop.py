@@ -7,6 +7,7 @@ import contextlib
 import json
 import logging
 import os
+import secrets
 import selectors
 import signal
 import socket
@@ -26,13 +27,7 @@ from clipshim.node.control import (
     receive_message,
     send_message,
 )
-from clipshim.node.keeper_state import (
-    STATE_NAME,
-    KeeperState,
-    TreeState,
-    new_generation,
-    write_state,
-)
+from clipshim.node.keeper_state import STATE_NAME, KeeperState, TreeState, write_state
 from clipshim.node.processes import ProcessId
 from clipshim.settings import Settings
 
@@ -43,6 +38,16 @@ READAHEAD_KIB = 128
 END_TIMEOUT_S = 20.0  # for children that were told to end, before SIGKILL
 SERVER_MODULE = "clipshim.node.server"
 TREE_MODULE = "clipshim.node.tree_server"
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+early_signals: set[int] = set()  # that came before the loop
+
+
+def note_early_signals() -> None:
+    """For a keeper that executed itself, before it starts a child: takes signals, for the loop."""
+    for number in SIGNALS:
+        signal.signal(number, lambda number, _frame: early_signals.add(number))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 class Keeper:
@@ -85,7 +90,11 @@ class Keeper:
         """Starts a server that takes over the connections and the listening socket."""
         if self.layers_fd >= 0 and not fuse_connection.is_alive(self.layers_fd):
             self._replace_layers()
-        ours, theirs = control_pair()
+        try:
+            ours, theirs = control_pair()
+        except OSError as exc:
+            self._try_server_later(exc)
+            return
         names = {
             "control": theirs.fileno(),
             "listener": self.listener_fd,
@@ -104,13 +113,16 @@ class Keeper:
                 self.server.start(SERVER_MODULE, [json.dumps(arguments)], fds)
             except OSError as exc:  # out of processes or memory: it may pass
                 ours.close()
-                self.server.restart_at = time.monotonic() + 1.0
-                log.error("server cannot be started: %s", exc)
+                self._try_server_later(exc)
                 return
         self._watch_server(ours)
         log.info(
             "server started", extra={"server_pid": self.server.process and self.server.process.pid}
         )
+
+    def _try_server_later(self, exc: OSError) -> None:
+        self.server.restart_at = time.monotonic() + 1.0
+        log.error("server cannot be started: %s", exc)
 
     def _replace_layers(self) -> None:
         """Somebody aborted the layers mount: trees on it are lost, new ones are not."""
@@ -123,7 +135,7 @@ class Keeper:
             return  # the server ends at once, and after the back-off this is tried again
         os.close(self.layers_fd)
         self.layers_fd = fd
-        self.state.generation = new_generation()
+        self.state.generation = secrets.token_hex(8)
 
     def adopt_server(self, control_fd: int) -> None:
         """Goes on with a server that outlived the last keeper."""
@@ -227,6 +239,9 @@ class Keeper:
             reply, reply_fds = self._serve(message)
         except (OSError, KeyError, TypeError, DaemonError) as exc:
             reply = {"ok": False, "error": str(exc)}
+        except Exception as exc:
+            log.exception("request of the server failed")  # the keeper must not die of a bug
+            reply = {"ok": False, "error": f"{type(exc).__name__}: {exc}"}
         if "id" in message:
             self._tell(reply | {"id": message["id"]}, reply_fds)
 
@@ -305,7 +320,9 @@ class Keeper:
             child.kill(signal.SIGTERM)
 
     def _execute_anew(self) -> None:
-        self.write_state()
+        if not self.write_state():  # it would not find what it holds
+            self._stay()
+            return
         adoption = {
             "control": None,
             "listener": self.listener_fd,
@@ -316,7 +333,20 @@ class Keeper:
         for fd in (self.listener_fd, self.layers_fd, self.lock_fd, *self.tree_fds.values()):
             if fd >= 0:
                 os.set_inheritable(fd, True)
-        os.execv(sys.executable, keeper_command(adoption))  # noqa: S606  # no shell is meant
+        # till there are handlers again: one more SIGHUP must not end it, and a SIGTERM is not lost
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
+            os.execv(sys.executable, keeper_command(adoption))  # noqa: S606  # no shell is meant
+        except OSError as exc:  # in the middle of an upgrade there may be no Python
+            log.error("not replaced: %s: %s", sys.executable, exc)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+            self._stay()
+
+    def _stay(self) -> None:
+        """Goes on with the old code: its children are started again."""
+        self.replacing = False
+        for child in (self.server, *self.trees.values()):
+            child.restart_soon()
 
     # Loop
 
@@ -356,25 +386,33 @@ class Keeper:
 
     def _handle_signals(self) -> None:
         signal.set_wakeup_fd(self._wakeup_writer.fileno(), warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        for number in SIGNALS:
             signal.signal(number, lambda *_: None)
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+        for early in sorted(early_signals):
+            self._on_signal(early)
+        early_signals.clear()
 
     def _on_wakeup(self) -> None:
         with contextlib.suppress(BlockingIOError):
             for number in self._wakeup.recv(64):
-                if number == signal.SIGHUP:
-                    self.replace()
-                else:
-                    self.ask_to_stop(force=False)
+                self._on_signal(number)
 
-    def write_state(self) -> None:
-        """Brings keeper.json up to date."""
-        self.state.keeper = ProcessId.of(os.getpid())
+    def _on_signal(self, number: int) -> None:
+        if number == signal.SIGHUP:
+            self.replace()
+        else:
+            self.ask_to_stop(force=False)
+
+    def write_state(self) -> bool:
+        """Brings keeper.json up to date; whether that worked."""
         try:
+            self.state.keeper = ProcessId.of(os.getpid())
             write_state(self.settings.run_dir, self.state)
         except OSError as exc:  # disk full: a successor would find less, nothing else breaks
             log.error("%s cannot be written: %s", STATE_NAME, exc)
+            return False
+        return True
 
     def _finish(self) -> int:
         """The server is gone for good: ends tree servers and unmounts, or leaves it to systemd."""

@@ -228,7 +228,10 @@ class Node:
                 self.trees.hold(container.image_id, container.text("key") or container.cid)
         for hold, image_id in self.hand_mounts.all().items():
             if not self.trees.hold(image_id, hold) and not self.trees.is_mounted(image_id):
-                self.hand_mounts.remove(hold)  # else it would hold a tree mounted anew
+                try:
+                    self.hand_mounts.remove(hold)  # else it would hold a tree mounted anew
+                except OSError as exc:  # disk full: no reason not to serve
+                    log.error("mounts by hand: %s", exc)
         for tree in list(self.trees.trees.values()):
             if tree.record is not None:
                 await trio.to_thread.run_sync(self.pin_again, tree.record)

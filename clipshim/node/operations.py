@@ -13,6 +13,7 @@ from clipshim.node.keeper_state import read_state
 from clipshim.node.node import Node
 from clipshim.node.rpc import Handler, Request
 from clipshim.node.server_life import ServerLife
+from clipshim.settings import load_settings
 
 log = logging.getLogger(__name__)
 
@@ -147,5 +148,6 @@ class Operations:
 
     async def replace(self, request: Request) -> dict[str, Any]:
         """Has keeper and server started anew, from the code that is installed now."""
+        await trio.to_thread.run_sync(load_settings)  # else it would go on with the old ones
         await self._node.keeper.ask({"op": "replace"})
         return {}

@@ -18,14 +18,14 @@ from clipshim.lazy.layers_fs import LayersOperations
 from clipshim.node.cleanup import keep_clean
 from clipshim.node.keeper import resolve_directories
 from clipshim.node.keeper_link import KeeperLink, ServerArguments
-from clipshim.node.logs import configure
+from clipshim.node.kept_settings import settings_of_daemon
 from clipshim.node.node import Node
 from clipshim.node.operations import Operations
 from clipshim.node.processes import raise_limits
 from clipshim.node.rpc import RpcServer
 from clipshim.node.self_access import DEBUG_ENV, forbid
 from clipshim.node.server_life import ServerLife
-from clipshim.settings import Settings, load_settings
+from clipshim.settings import Settings
 
 log = logging.getLogger("clipshim.node.server")
 
@@ -95,9 +95,8 @@ def main() -> int:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     raise_limits()
     try:
-        settings = load_settings()
+        settings = settings_of_daemon()
         resolve_directories(settings)
-        configure(settings.log_format, settings.log_level)
         if os.environ.get(DEBUG_ENV):
             forbid(settings)
         trio.run(run, settings, sys.argv[1])

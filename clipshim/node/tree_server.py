@@ -16,9 +16,8 @@ from clipshim.errors import ClipError
 from clipshim.index.erofs_read import ErofsImage
 from clipshim.lazy.tree_fs import TreeFileSystem
 from clipshim.lazy.tree_session import TreeSession
-from clipshim.node.logs import configure
+from clipshim.node.kept_settings import settings_of_daemon
 from clipshim.node.processes import raise_limits
-from clipshim.settings import load_settings
 
 log = logging.getLogger("clipshim.node.tree_server")
 
@@ -42,8 +41,7 @@ def main() -> int:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     raise_limits()
     try:
-        settings = load_settings()
-        configure(settings.log_format, settings.log_level)
+        settings_of_daemon()
         _serve(config)
     except (ClipError, OSError) as exc:
         log.error("%s", exc, extra={"image_id": config.get("image_id")})

@@ -174,3 +174,80 @@ def test_a_layers_mount_that_somebody_aborted_is_made_anew(
     with node_trees.Reader(node, tree, image[1]) as reader:
         reader.wait_rounds(1)
     assert "layers mount is gone" in node.log_tail(200)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "text",
+    [
+        'run_dir = "/elsewhere"\nno such key = [',
+        'run_dir = "{0}/other-run"\nstate_dir = "{0}/other-state"\n',
+        None,
+    ],
+    ids=["broken", "moved", "gone"],
+)
+def test_no_edit_of_the_configuration_harms_what_runs(
+    node: Node, image: Image, mode: str, text: str | None
+) -> None:
+    node.start()
+    tree = node_trees.mount(node, node_trees.index(node, image[0]), "c1", mode=mode)["tree"]
+    with node_trees.Reader(node, tree, image[1]) as reader:
+        if text is None:
+            node.config.unlink()
+        else:
+            node.config.write_text(text.replace("{0}", str(node.directory)))
+        node.kill_server()
+        reader.wait_rounds(1)
+        if mode == "fuse":
+            (found,) = node_trees.daemon_ids(node)["trees"].values()
+            os.kill(found["process"][0], signal.SIGKILL)
+            reader.wait_rounds(1)
+        answer = node.call("replace")
+        if text is None or "no such key" in text:
+            assert not answer["ok"]
+            assert "configuration" in answer["error"]
+        before = wait_for("an answer", node.ping)
+        os.kill(before["keeper_pid"], signal.SIGHUP)  # who does not ask is not refused
+
+        def replaced() -> bool:
+            now = node.ping()
+            return now is not None and now["pid"] != before["pid"]
+
+        wait_for("the daemon is replaced", replaced)
+        reader.wait_rounds(1)
+        keeper = int(wait_for("an answer", node.ping)["keeper_pid"])
+        os.kill(keeper, signal.SIGKILL)
+
+        def another_keeper() -> bool:
+            now = node.ping()
+            return now is not None and now["keeper_pid"] not in (None, keeper)
+
+        wait_for("another keeper", another_keeper)
+        node.kill_server()
+        reader.wait_rounds(1)
+    assert not (node.directory / "other-run").exists()
+    assert not (node.directory / "other-state").exists()
+    node.configure()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_replacements_that_are_asked_for_all_the_time_harm_nobody(
+    node: Node, image: Image, mode: str
+) -> None:
+    """Also while the keeper executes itself and has not got to its signals yet."""
+    node.start()
+    tree = node_trees.mount(node, node_trees.index(node, image[0]), "c1", mode=mode)["tree"]
+    with node_trees.Reader(node, tree, image[1]) as reader:
+        keeper = int(node.call("ping")["keeper_pid"])
+        servers: set[int] = set()
+
+        def replaced_often() -> bool:
+            os.kill(keeper, signal.SIGHUP)
+            server = node_trees.daemon_ids(node)["server"]
+            if server is not None:
+                servers.add(server[0])
+            return len(servers) > 5
+
+        wait_for("replacements", replaced_often)
+        reader.wait_rounds(1)
+        assert wait_for("an answer", node.ping)["keeper_pid"] == keeper
