@@ -18,7 +18,6 @@ import fcntl
 import json
 import logging
 import os
-import secrets
 import signal
 import socket
 import sys
@@ -28,7 +27,7 @@ from clipshim.mounts import mountinfo
 from clipshim.node import fuse_connection, own_cgroup, sd_notify
 from clipshim.node.control import close_all
 from clipshim.node.keeper_loop import Keeper, mount_layers, note_early_signals, unmount_all
-from clipshim.node.keeper_state import STATE_NAME, KeeperState, read_state
+from clipshim.node.keeper_state import STATE_NAME, KeeperState, new_generation, read_state
 from clipshim.node.kept_settings import keep, settings_of_daemon
 from clipshim.node.processes import raise_limits
 from clipshim.settings import CONFIG_ENV, Settings
@@ -88,7 +87,7 @@ def start_fresh(settings: Settings) -> Keeper | None:
         unmount_all(settings.layers_mount)
         os.makedirs(settings.layers_mount, mode=0o700, exist_ok=True)
         layers_fd = mount_layers(settings)
-        state = KeeperState(secrets.token_hex(8))
+        state = KeeperState(new_generation())
     for name, fd in kept.items():
         os.close(fd)
         sd_notify.forget_fd(name)

@@ -7,7 +7,6 @@ import contextlib
 import json
 import logging
 import os
-import secrets
 import selectors
 import signal
 import socket
@@ -27,7 +26,13 @@ from clipshim.node.control import (
     receive_message,
     send_message,
 )
-from clipshim.node.keeper_state import STATE_NAME, KeeperState, TreeState, write_state
+from clipshim.node.keeper_state import (
+    STATE_NAME,
+    KeeperState,
+    TreeState,
+    new_generation,
+    write_state,
+)
 from clipshim.node.processes import ProcessId
 from clipshim.settings import Settings
 
@@ -135,7 +140,7 @@ class Keeper:
             return  # the server ends at once, and after the back-off this is tried again
         os.close(self.layers_fd)
         self.layers_fd = fd
-        self.state.generation = secrets.token_hex(8)
+        self.state.generation = new_generation()
 
     def adopt_server(self, control_fd: int) -> None:
         """Goes on with a server that outlived the last keeper."""
