@@ -8,18 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from clipshim.cli.options import (
-    AuthFile,
-    CaFile,
-    Format,
-    Insecure,
-    OutputFormat,
-    PasswordStdin,
-    PlainHttp,
-    Platform,
-    Quiet,
-    Username,
-)
+from clipshim.cli import options
 from clipshim.cli.terminal import print_json, print_note
 from clipshim.errors import UsageError
 
@@ -35,7 +24,7 @@ def command(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Made if it is missing.")],
     arguments: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[-- ARGS]...", help="The program's arguments, as in docker run."),
+        typer.Argument(metavar="-- ARGS", help="The program's arguments, as in docker run."),
     ] = None,
     entrypoint: Annotated[
         str | None, typer.Option("--entrypoint", help="Instead of the image's; empty for none.")
@@ -50,15 +39,15 @@ def command(
         bool, typer.Option("--host-network", help="Share the machine's network.")
     ] = False,
     force: Annotated[bool, typer.Option("--force", "-f", help="Replace a bundle.")] = False,
-    platform: Platform = None,
-    plain_http: PlainHttp = False,
-    insecure: Insecure = False,
-    ca_file: CaFile = None,
-    authfile: AuthFile = None,
-    username: Username = None,
-    password_stdin: PasswordStdin = False,
-    quiet: Quiet = False,
-    output: Format = OutputFormat.TABLE,
+    platform: options.Platform = None,
+    plain_http: options.PlainHttp = False,
+    insecure: options.Insecure = False,
+    ca_file: options.CaFile = None,
+    authfile: options.AuthFile = None,
+    username: options.Username = None,
+    password_stdin: options.PasswordStdin = False,
+    quiet: options.Quiet = False,
+    output: options.Format = options.OutputFormat.TABLE,
 ) -> None:
     """Write an OCI bundle that runs from an image's index.
 
@@ -106,7 +95,7 @@ def command(
         "args": spec["process"]["args"],
         "user": spec["process"]["user"],
     }
-    if output is OutputFormat.JSON:
+    if output is options.OutputFormat.JSON:
         print_json(facts)
     elif not quiet:
         print_note(f"next: clipshim run --bundle {directory} ID")

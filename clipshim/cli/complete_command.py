@@ -11,7 +11,9 @@ from clipshim.cli.terminal import human_size, print_json, print_table, progress_
 
 
 def command(
-    image: Annotated[str, typer.Argument(help="An image in the local store, or a digest.")],
+    image: Annotated[
+        str, typer.Argument(metavar="IMAGE", help="An image in the local store, or a digest.")
+    ],
     quiet: Quiet = False,
     output: Format = OutputFormat.TABLE,
 ) -> None:

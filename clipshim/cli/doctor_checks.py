@@ -198,7 +198,14 @@ def check_erofs(settings: Settings) -> Iterator[Finding]:
     """Whether the kernel shows trees by itself."""
     if settings.mode == "fuse" or os.geteuid() != 0:
         return
-    reason = erofs.probe_erofs(_existing(settings.state_dir))
+    try:
+        reason = erofs.probe_erofs(_existing(settings.state_dir))
+    except OSError as exc:
+        yield Finding(
+            Level.BROKEN, "erofs", f"cannot be tried: {exc}",
+            f"make {settings.state_dir} writable, with room on its file system",
+        )  # fmt: skip
+        return
     if reason is None:
         yield Finding(Level.OK, "erofs", "the kernel mounts trees itself")
     elif settings.mode == "erofs":

@@ -8,18 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from clipshim.cli.options import (
-    AuthFile,
-    CaFile,
-    Format,
-    Insecure,
-    OutputFormat,
-    PasswordStdin,
-    PlainHttp,
-    Platform,
-    Quiet,
-    Username,
-)
+from clipshim.cli import options
 from clipshim.cli.terminal import human_size, print_fields, print_json, print_note, progress_bars
 from clipshim.errors import LayerError, UsageError
 
@@ -33,19 +22,22 @@ SHOWN_DIFFERENCES = 20
 def command(
     image: Annotated[
         str,
-        typer.Argument(help="HOST/NAME[:TAG], or oci:DIR, oci-archive:FILE, docker-archive:FILE."),
+        typer.Argument(
+            metavar="IMAGE",
+            help="HOST/NAME[:TAG], or oci:DIR, oci-archive:FILE, docker-archive:FILE.",
+        ),
     ],
     output: Annotated[
         Path | None,
-        typer.Argument(metavar="[OUTPUT.clip]", help="Default: this machine's store of indexes."),
+        typer.Argument(metavar="OUTPUT.clip", help="Default: this machine's store of indexes."),
     ] = None,
-    platform: Platform = None,
-    plain_http: PlainHttp = False,
-    insecure: Insecure = False,
-    ca_file: CaFile = None,
-    authfile: AuthFile = None,
-    username: Username = None,
-    password_stdin: PasswordStdin = False,
+    platform: options.Platform = None,
+    plain_http: options.PlainHttp = False,
+    insecure: options.Insecure = False,
+    ca_file: options.CaFile = None,
+    authfile: options.AuthFile = None,
+    username: options.Username = None,
+    password_stdin: options.PasswordStdin = False,
     spacing: Annotated[
         str | None,
         typer.Option("--spacing", metavar="SIZE", help="Bytes between checkpoints, as 512k or 1M."),
@@ -60,8 +52,8 @@ def command(
     jobs: Annotated[
         int | None, typer.Option("--jobs", min=1, help="Layers at a time; default: by the cores.")
     ] = None,
-    quiet: Quiet = False,
-    output_format: Format = OutputFormat.TABLE,
+    quiet: options.Quiet = False,
+    output_format: options.Format = options.OutputFormat.TABLE,
 ) -> None:
     """Make the index of an image.
 
@@ -93,12 +85,12 @@ def command(
         given["spacing"] = parse_size(spacing)
     if jobs is not None:
         given["jobs"] = jobs
-    options = BuildOptions(**given)
+    build_options = BuildOptions(**given)
 
     began = time.monotonic()
     source = open_source(image, platform=platform, access=access)
     with images.destination(settings, output) as path, progress_bars(quiet=quiet) as progress:
-        build_index(source, path, options, progress)
+        build_index(source, path, build_options, progress)
         if verify_unpack:
             progress.message("comparing with a real unpack")
             _check(path, source)
@@ -111,7 +103,7 @@ def command(
         facts = describe(index, stored, elapsed)
     if verify_unpack:
         facts["verified_against_unpack"] = True
-    if output_format is OutputFormat.JSON:
+    if output_format is options.OutputFormat.JSON:
         print_json(facts)
         return
     if not quiet:

@@ -33,7 +33,9 @@ MAX_LISTED_SPANS = 1_000_000
 
 
 def command(
-    index: Annotated[str, typer.Argument(help="An index file, or an image in the local store.")],
+    index: Annotated[
+        str, typer.Argument(metavar="INDEX", help="An index file, or an image in the local store.")
+    ],
     path: Annotated[
         str | None, typer.Option("--path", metavar="PATH", help="Show one file of the image.")
     ] = None,

@@ -9,7 +9,7 @@ import typer
 
 from clipshim.cli.engine_files import Engine, Plan, plan_install, tell_and_apply
 
-EngineName = Annotated[Engine, typer.Argument(metavar="docker|containerd|podman|crio")]
+EngineName = Annotated[Engine, typer.Argument(metavar="ENGINE", help="Whose configuration.")]
 ConfigPath = Annotated[
     Path | None,
     typer.Option("--config", help="The engine's configuration file, if not the usual one."),

@@ -92,7 +92,7 @@ def mount_index(
     settings = load_settings()
     target = Path(os.path.realpath(directory))
     if not target.is_dir():
-        raise UsageError(f"{directory}: expected an existing directory")
+        raise UsageError(f"{directory}: expected an existing directory", hint="make it first")
     if _is_mount_point(str(target)):
         raise UsageError(f"{target}: something is mounted there already")
     key = _hold_key(target)

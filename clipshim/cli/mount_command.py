@@ -12,7 +12,9 @@ from clipshim.cli.terminal import print_json, print_note
 
 
 def command(
-    index: Annotated[str, typer.Argument(help="An index file, or an image in the local store.")],
+    index: Annotated[
+        str, typer.Argument(metavar="INDEX", help="An index file, or an image in the local store.")
+    ],
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="An existing directory.")],
     mode: Annotated[Mode, typer.Option("--mode", help="How the tree is shown.")] = Mode.AUTO,
     output: Format = OutputFormat.TABLE,

@@ -7,18 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from clipshim.cli.options import (
-    AuthFile,
-    CaFile,
-    Format,
-    Insecure,
-    OutputFormat,
-    PasswordStdin,
-    PlainHttp,
-    Platform,
-    Quiet,
-    Username,
-)
+from clipshim.cli import options
 from clipshim.cli.terminal import print_fields, print_json
 from clipshim.errors import PolicyError
 
@@ -29,16 +18,16 @@ if TYPE_CHECKING:
 
 
 def command(
-    image: Annotated[str, typer.Argument(help="The image whose index is wanted.")],
-    platform: Platform = None,
-    plain_http: PlainHttp = False,
-    insecure: Insecure = False,
-    ca_file: CaFile = None,
-    authfile: AuthFile = None,
-    username: Username = None,
-    password_stdin: PasswordStdin = False,
-    quiet: Quiet = False,
-    output: Format = OutputFormat.TABLE,
+    image: Annotated[str, typer.Argument(metavar="IMAGE", help="The image whose index is wanted.")],
+    platform: options.Platform = None,
+    plain_http: options.PlainHttp = False,
+    insecure: options.Insecure = False,
+    ca_file: options.CaFile = None,
+    authfile: options.AuthFile = None,
+    username: options.Username = None,
+    password_stdin: options.PasswordStdin = False,
+    quiet: options.Quiet = False,
+    output: options.Format = options.OutputFormat.TABLE,
 ) -> None:
     """Fetch the index that somebody pushed for an image.
 
@@ -65,7 +54,7 @@ def command(
         digest = checked_digest(path, reference, manifest.digest)
         # By the name that was asked for, never by what the file says of itself.
         stored = finish(settings, path, str(reference), None)
-    if output is OutputFormat.JSON:
+    if output is options.OutputFormat.JSON:
         print_json({"image": str(reference), "digest": digest, "index": str(stored)})
     elif not quiet:
         print_fields([("image", reference), ("digest", digest)])

@@ -6,31 +6,23 @@ from typing import Annotated
 
 import typer
 
-from clipshim.cli.options import (
-    AuthFile,
-    CaFile,
-    Format,
-    Insecure,
-    OutputFormat,
-    PasswordStdin,
-    PlainHttp,
-    Quiet,
-    Username,
-)
+from clipshim.cli import options
 from clipshim.cli.terminal import print_fields, print_json
 
 
 def command(
-    index: Annotated[str, typer.Argument(help="An index file, or an image in the local store.")],
-    image: Annotated[str, typer.Argument(help="The image that the index is of.")],
-    plain_http: PlainHttp = False,
-    insecure: Insecure = False,
-    ca_file: CaFile = None,
-    authfile: AuthFile = None,
-    username: Username = None,
-    password_stdin: PasswordStdin = False,
-    quiet: Quiet = False,
-    output: Format = OutputFormat.TABLE,
+    index: Annotated[
+        str, typer.Argument(metavar="INDEX", help="An index file, or an image in the local store.")
+    ],
+    image: Annotated[str, typer.Argument(metavar="IMAGE", help="The image that the index is of.")],
+    plain_http: options.PlainHttp = False,
+    insecure: options.Insecure = False,
+    ca_file: options.CaFile = None,
+    authfile: options.AuthFile = None,
+    username: options.Username = None,
+    password_stdin: options.PasswordStdin = False,
+    quiet: options.Quiet = False,
+    output: options.Format = options.OutputFormat.TABLE,
 ) -> None:
     """Store an index beside its image in the registry.
 
@@ -55,7 +47,7 @@ def command(
     with open_index(path) as opened:
         made_of = opened.manifest_digest  # the index knows its manifest, whatever the platform
     digest = push_index(path, image, access=access, manifest_digest=made_of)
-    if output is OutputFormat.JSON:
+    if output is options.OutputFormat.JSON:
         print_json({"image": image, "manifest_digest": digest})
     elif not quiet:
         print_fields([("pushed", f"{image} <- {digest}")])

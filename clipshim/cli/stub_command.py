@@ -9,18 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from clipshim.cli.options import (
-    AuthFile,
-    CaFile,
-    Format,
-    Insecure,
-    OutputFormat,
-    PasswordStdin,
-    PlainHttp,
-    Platform,
-    Quiet,
-    Username,
-)
+from clipshim.cli import options
 from clipshim.cli.terminal import human_size, print_fields, print_json, print_note
 from clipshim.errors import UsageError
 
@@ -53,7 +42,7 @@ class Load(enum.StrEnum):
 def command(
     image: Annotated[str, typer.Argument(metavar="IMAGE|INDEX", help="What the stub stands for.")],
     target: Annotated[
-        str | None, typer.Argument(metavar="[TARGET]", help="Where to push the stub.")
+        str | None, typer.Argument(metavar="TARGET", help="Where to push the stub.")
     ] = None,
     archive: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write an archive.")
@@ -68,15 +57,15 @@ def command(
         str | None,
         typer.Option("--name", help="The stub's name in the archive or engine; default IMAGE-lazy"),
     ] = None,
-    platform: Platform = None,
-    plain_http: PlainHttp = False,
-    insecure: Insecure = False,
-    ca_file: CaFile = None,
-    authfile: AuthFile = None,
-    username: Username = None,
-    password_stdin: PasswordStdin = False,
-    quiet: Quiet = False,
-    output: Format = OutputFormat.TABLE,
+    platform: options.Platform = None,
+    plain_http: options.PlainHttp = False,
+    insecure: options.Insecure = False,
+    ca_file: options.CaFile = None,
+    authfile: options.AuthFile = None,
+    username: options.Username = None,
+    password_stdin: options.PasswordStdin = False,
+    quiet: options.Quiet = False,
+    output: options.Format = options.OutputFormat.TABLE,
 ) -> None:
     """Make a small image that engines pull instead of the big one.
 
@@ -118,7 +107,9 @@ def command(
         _check_origin(index)
         stub = build(index, reading)
         label = name or engine_load.stub_name(index.reference)
-        facts: dict[str, Any] = {"image": index.reference, "size": stub.size, "name": label}
+        facts: dict[str, Any] = {"image": index.reference, "size": stub.size}
+        if archive is not None or load is not None:
+            facts["name"] = label
         if target is not None:
             facts["pushed"] = target
             facts["manifest_digest"] = stub.push(target, access)
@@ -128,7 +119,7 @@ def command(
         if load is not None:
             engine_load.load(load.value, lambda path, kind: stub.write(path, kind, label))
             facts["loaded"] = load.value
-    if output is OutputFormat.JSON:
+    if output is options.OutputFormat.JSON:
         print_json(facts)
     elif not quiet:
         print_note(f"a stub of {human_size(facts['size'])} stands for {facts['image']}")
