@@ -13,6 +13,7 @@
 
 import fcntl
 import os
+import sys
 
 from clipshim.errors import MountError, StoreError
 from clipshim.shim import json_text
@@ -249,9 +250,8 @@ def _is_plain(container_id: str) -> bool:
 
 
 def _sha256_hex(data: bytes) -> str:
-    try:
-        # hashlib loads OpenSSL, 4 ms; Python 3.12 calls the module _sha2
-        from _sha256 import sha256  # type: ignore[import-not-found]
+    try:  # not hashlib, which loads OpenSSL: 4 ms
+        sha256 = __import__("_sha2" if sys.version_info >= (3, 12) else "_sha256").sha256
     except ImportError:
         from hashlib import sha256
     return str(sha256(data).hexdigest())

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
     from tests.support.node import Node
 
-CRI_V2 = "io.containerd.grpc.v1.cri"
+# what a version of the configuration calls the CRI plugin; containerd 2 dumps version 3 or newer
+CRI = {2: "io.containerd.grpc.v1.cri", 3: "io.containerd.cri.v1.runtime"}
 
 
 def output(*command: str | Path, env: dict[str, str]) -> str:
@@ -36,7 +37,7 @@ def test_containerd_reads_it(node: Node, before: str | None) -> None:
         path.write_text(before)
     node.clipshim("install", "containerd", "--root", node.directory, "--runtime", CLIPSHIM)
     dumped = tomllib.loads(output("containerd", "--config", path, "config", "dump", env=node.env))
-    runtimes = dumped["plugins"][CRI_V2]["containerd"]["runtimes"]
+    runtimes = dumped["plugins"][CRI[min(dumped["version"], 3)]]["containerd"]["runtimes"]
     assert runtimes["clipshim"]["options"]["BinaryName"] == str(CLIPSHIM)
     assert runtimes["clipshim"]["pod_annotations"] == ["io.clipshim.*"]
     assert "runc" in runtimes
