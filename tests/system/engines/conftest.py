@@ -2,22 +2,48 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import pytest
 
 from tests.support import images
 from tests.support.engine import Target, make_target
-from tests.support.node import Node
+from tests.support.node import Node, wait_for
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
     from tests.support.images import Image
 
 IMAGE = "localhost/debian:test"  # the full image, or a stub of it
 ORDINARY = "localhost/tiny:test"
+
+
+class Engine(Protocol):
+    """What the engines' classes have in common."""
+
+    target: Target
+
+    def __call__(self, *arguments: str | Path) -> str: ...
+
+    def close(self) -> None: ...
+
+
+E = TypeVar("E", bound=Engine)
+
+
+@contextmanager
+def loaded(engine: E, archives: Iterable[Path]) -> Iterator[E]:
+    """An engine with images loaded; at the end its containers have left nothing mounted."""
+    try:
+        for archive in archives:
+            engine("load", "-q", "-i", archive)
+        yield engine
+        wait_for("no container mount is left", lambda: not engine.target.container_mounts())
+    finally:
+        engine.close()
 
 
 @pytest.fixture(scope="session", params=["runc", "clipshim"])

@@ -21,6 +21,7 @@ from tests.support.cri import RUNNING, Cri
 from tests.support.engine import cgroup_parent, make_target
 from tests.support.node import Node, wait_for
 from tests.support.podman_engine import Podman
+from tests.system.engines.conftest import loaded
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -95,12 +96,8 @@ def pushed(registry: TestRegistry, run_root: Path, tiny: Image) -> str:
 @pytest.fixture(scope="module")
 def podman(run_root: Path, target: Target, archives: list[Path]) -> Iterator[Podman]:
     """podman with the empty image."""
-    engine = Podman(run_root / "an-p", target)
-    try:
-        engine("load", "-q", "-i", archives[0])
+    with loaded(Podman(run_root / "an-p", target), archives[:1]) as engine:
         yield engine
-    finally:
-        engine.close()
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import pytest
 from tests.support.docker_engine import Docker
 from tests.support.images import PYTHON_LINE
 from tests.support.node import wait_for
-from tests.system.engines.conftest import IMAGE, ORDINARY
+from tests.system.engines.conftest import IMAGE, ORDINARY, loaded
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,14 +29,8 @@ AT_ONCE = 30
 @pytest.fixture(scope="session")
 def docker(run_root: Path, target: Target, archives: list[Path]) -> Iterator[Docker]:
     """dockerd with the images loaded; its default runtime is the one under test."""
-    engine = Docker(run_root / f"docker-{target.name}", target)
-    try:
-        for archive in archives:
-            engine("load", "-q", "-i", archive)
+    with loaded(Docker(run_root / f"docker-{target.name}", target), archives) as engine:
         yield engine
-        wait_for("no container mount is left", lambda: not target.container_mounts())
-    finally:
-        engine.close()
 
 
 @pytest.fixture

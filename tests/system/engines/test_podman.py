@@ -12,7 +12,7 @@ from tests.support.engine import ULIMITS
 from tests.support.images import PYTHON_LINE
 from tests.support.node import wait_for
 from tests.support.podman_engine import Podman
-from tests.system.engines.conftest import IMAGE, ORDINARY
+from tests.system.engines.conftest import IMAGE, ORDINARY, loaded
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,14 +27,8 @@ AT_ONCE = 10
 @pytest.fixture(scope="session")
 def podman(run_root: Path, target: Target, archives: list[Path]) -> Iterator[Podman]:
     """podman with the images loaded; its runtime is the one under test."""
-    engine = Podman(run_root / f"pod-{target.name}", target)
-    try:
-        for archive in archives:
-            engine("load", "-q", "-i", archive)
+    with loaded(Podman(run_root / f"pod-{target.name}", target), archives) as engine:
         yield engine
-        wait_for("no container mount is left", lambda: not target.container_mounts())
-    finally:
-        engine.close()
 
 
 @pytest.fixture

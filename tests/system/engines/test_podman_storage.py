@@ -10,8 +10,9 @@ import pytest
 from clipshim.mounts import mountinfo
 from tests.support import leftovers, small_images
 from tests.support.engine import ULIMITS, make_target
-from tests.support.node import Node, wait_for
+from tests.support.node import Node
 from tests.support.podman_engine import Podman
+from tests.system.engines.conftest import loaded
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -73,13 +74,8 @@ def running(
     (directory / "storage.conf").write_text(
         f'[storage]\ndriver = "{driver}"\n{storage}[storage.options.overlay]\n{options}'
     )
-    try:
-        for archive in archives:
-            engine("load", "-q", "-i", archive)
+    with loaded(engine, archives):
         yield engine
-        wait_for("no container mount is left", lambda: not target.container_mounts())
-    finally:
-        engine.close()
 
 
 @pytest.fixture(scope="module", params=STORAGES)
