@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from clipshim.index.span_table import SpanKind
 
+    Chunk = bytes | memoryview
     Decoded = Generator[bytes, None, None]
     WindowTaker = Callable[[int], AbstractContextManager[None]]
 
@@ -101,7 +102,7 @@ def decode_group(
     kind: SpanKind,
     bits: int,
     window: bytes | None,
-    chunks: Iterable[bytes],
+    chunks: Iterable[Chunk],
     sizes: Sequence[int],
     *,
     large_window: WindowTaker | None = None,
@@ -121,19 +122,19 @@ def decode_group(
     return _gzip(kind, bits, window, chunks, sizes)
 
 
-def _plain(chunks: Iterable[bytes], sizes: Sequence[int]) -> Decoded:
+def _plain(chunks: Iterable[Chunk], sizes: Sequence[int]) -> Decoded:
     source = _Chunks(chunks)
     for size in sizes:
         span = source.read_whole(size)
         if len(span) != size:
             raise SpanDecodeError(f"expected {size} bytes, got {len(span)}")
-        yield span
+        yield bytes(span)  # a view would keep all of its chunk
 
 
 def _zstd(
-    chunks: Iterable[bytes], sizes: Sequence[int], large_window: WindowTaker | None
+    chunks: Iterable[Chunk], sizes: Sequence[int], large_window: WindowTaker | None
 ) -> Decoded:
-    source = _Chunks(chunks)
+    source = _ByteChunks(chunks)
     # What was made is all that a window can hold, so the size that a small range's frames declare
     # does not matter. A range that makes more is one frame, which begins where it begins.
     limit, needed = ZSTD_MAX_WINDOW, 0
@@ -179,7 +180,7 @@ def _gzip(
     kind: SpanKind,
     bits: int,
     window: bytes | None,
-    chunks: Iterable[bytes],
+    chunks: Iterable[Chunk],
     sizes: Sequence[int],
 ) -> Decoded:
     stream = GzipRange(kind, bits, window, chunks)
@@ -194,11 +195,11 @@ class GzipRange:
     """A reader of what a gzip range decodes to."""
 
     def __init__(
-        self, kind: SpanKind, bits: int, window: bytes | None, chunks: Iterable[bytes]
+        self, kind: SpanKind, bits: int, window: bytes | None, chunks: Iterable[Chunk]
     ) -> None:
         """See decode_group. Raises SpanDecodeError for bits that cannot be."""
         self._source = _Chunks(chunks)
-        self._input = b""
+        self._input: Chunk = b""
         self._full = False  # the decoder may hold output back although its input is empty
         if kind == "gzip-start":
             self._decoder = isal_zlib.decompressobj(31)
@@ -249,11 +250,11 @@ class GzipRange:
             if not more:
                 break
             rest += more
-        self._input = rest[needed:]
-        if not self._input.startswith(GZIP_MAGIC):
+        if rest[needed : needed + len(GZIP_MAGIC)] != GZIP_MAGIC:
             self._input = b""
             self._source.exhaust()
             return False
+        self._input = rest[needed:]
         self._decoder = isal_zlib.decompressobj(31)
         self._raw = False
         return True
@@ -262,12 +263,12 @@ class GzipRange:
 class _Chunks:
     """Chunks as a file: `read` gives what is at hand, `read_whole` all that was asked for."""
 
-    def __init__(self, chunks: Iterable[bytes]) -> None:
+    def __init__(self, chunks: Iterable[Chunk]) -> None:
         self._chunks = iter(chunks)
-        self._chunk = b""
+        self._chunk: Chunk = b""
         self._position = 0
 
-    def read(self, size: int = _PIECE) -> bytes:
+    def read(self, size: int = _PIECE) -> Chunk:
         while self._position >= len(self._chunk):
             chunk = next(self._chunks, None)
             if chunk is None:
@@ -279,15 +280,15 @@ class _Chunks:
 
     def peek(self, size: int) -> bytes:
         """The next `size` bytes, which are to be read again; fewer only at the end."""
-        head = self.read_whole(size)
-        self._chunk, self._position = head + self._chunk[self._position :], 0
+        head = bytes(self.read_whole(size))
+        self._chunk, self._position = b"".join((head, self._chunk[self._position :])), 0
         return head
 
-    def read_all(self, wanted: int) -> bytes:
+    def read_all(self, wanted: int) -> Chunk:
         """The rest of a chunk if `wanted` bytes of output need about that much, else a piece."""
         return self.read(max(wanted + _PIECE, _PIECE))
 
-    def read_whole(self, size: int) -> bytes:
+    def read_whole(self, size: int) -> Chunk:
         parts = []
         while size:
             part = self.read(size)
@@ -300,3 +301,10 @@ class _Chunks:
     def exhaust(self) -> None:
         self._chunks = iter(())
         self._chunk, self._position = b"", 0
+
+
+class _ByteChunks(_Chunks):
+    """The same for a decoder that takes nothing but bytes."""
+
+    def read(self, size: int = _PIECE) -> bytes:
+        return bytes(super().read(size))

@@ -19,7 +19,7 @@ from clipshim.lazy.flight import RUN_BYTES
 from clipshim.lazy.stored_layer import StoreFullError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from clipshim.index.span_table import SpanTable
     from clipshim.lazy.flight import Part
@@ -85,16 +85,17 @@ def fetch_run(
     Never raises for what sources and disks do.
     """
     attempt = Attempt(hurried=hurried)
-    whole: bytes | None = None
+    whole: memoryview | None = None
     start = run[0].start
     try:
         if run[-1].end - start <= RUN_BYTES:
-            whole = _fetch(source, start, run[-1].end - start, deadline_s, attempt)
+            whole = memoryview(_fetch(source, start, run[-1].end - start, deadline_s, attempt))
         for part in run:
+            chunks: Iterable[bytes | memoryview]
             if whole is None:
                 chunks = _pieces(source, part, deadline_s, attempt)
             else:
-                chunks = iter((whole[part.start - start : part.end - start],))
+                chunks = (whole[part.start - start : part.end - start],)
             _decode_part(source, table, stored, part, chunks, wanted, land, attempt, windows)
     except ClipError as exc:
         attempt.cause = exc
@@ -129,7 +130,7 @@ def _decode_part(
     table: SpanTable,
     stored: StoredLayer,
     part: Part,
-    chunks: Iterator[bytes],
+    chunks: Iterable[bytes | memoryview],
     wanted: set[int],
     land: Callable[[int, bytes, bool], None],
     attempt: Attempt,

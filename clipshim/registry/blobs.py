@@ -117,19 +117,19 @@ class BlobReader:
             )
         if isinstance(blob, FileBlob):
             return self._read_file(blob, start, length)
-        got = bytearray()
+        got = _Pieces()
         foreign = self._foreign(blob)
 
         def operation(endpoint: Endpoint) -> bytes:
-            before = len(got)
+            before = got.size
             try:
                 self._continue(endpoint, blob, start, length, got, deadline, foreign)
             except AttemptFailed as failure:
-                failure.progressed = len(got) > before
+                failure.progressed = got.size > before
                 raise
             finally:
-                self._statistics.add_bytes(len(got) - before)
-            return bytes(got)
+                self._statistics.add_bytes(got.size - before)
+            return got.joined()
 
         return self._transport.exchange(
             blob.reference,
@@ -207,13 +207,13 @@ class BlobReader:
         blob: RegistryBlob,
         start: int,
         length: int,
-        got: bytearray,
+        got: _Pieces,
         deadline: float,
         foreign: tuple[Endpoint, ...],
     ) -> None:
         """One attempt at the part of the range that is not in `got` yet."""
-        begin = start + len(got)
-        wanted = length - len(got)
+        begin = start + got.size
+        wanted = length - got.size
         with ExitStack() as stack:
             reply = self._request(stack, endpoint, blob, begin, wanted, deadline, foreign)
             skip = _check_range(reply, begin, wanted, blob.size)
@@ -221,10 +221,10 @@ class BlobReader:
             for piece in _pieces_of(reply, deadline, self._read_timeout_s, skip + wanted):
                 useful = piece[skip:] if skip else piece
                 skip = max(0, skip - len(piece))
-                got += useful
-        if len(got) < length:
+                got.add(useful)
+        if got.size < length:
             raise AttemptFailed(
-                "short-body", f"expected {wanted} bytes, got {start + len(got) - begin}",
+                "short-body", f"expected {wanted} bytes, got {start + got.size - begin}",
                 retryable=True,
             )  # fmt: skip
 
@@ -383,6 +383,23 @@ class BlobReader:
             self._remember(endpoint, blob, reply)
             stack.push(attempt.pop_all())
         return reply, skip
+
+
+class _Pieces:
+    """What has come of a range. Copied once, or not at all: the copy holds up all threads."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        self._pieces: list[bytes] = []
+
+    def add(self, piece: bytes) -> None:
+        """The next bytes."""
+        self._pieces.append(piece)
+        self.size += len(piece)
+
+    def joined(self) -> bytes:
+        """All of them."""
+        return self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
 
 
 def _pieces_of(reply: Reply, deadline: float, read_timeout_s: float, limit: int) -> Iterator[bytes]:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from urllib3.response import BaseHTTPResponse
 
-READ_BYTES = 256 << 10
+READ_BYTES = 1 << 20
 DRIP_BYTES = 1024  # fewer than this within one read timeout is a stalled transfer
 MAX_ERROR_BODY = 4096
 
