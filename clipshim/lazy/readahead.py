@@ -4,6 +4,10 @@ A layer is read by several streams at once, files of different places. A stream 
 byte, as `cat` or a copy does, runs ahead by as much as it has read. One that leaves bytes out, as
 a program does that is being loaded, jumps on before long: it runs ahead by a quarter of it only,
 so that what is fetched in vain stays in proportion. An isolated read costs no more than its span.
+
+Beside the streams there are neighbourhoods: files that are used together were packed together, as
+the modules of a language are, and a program that starts asks for them in an order that nobody can
+foresee, one after the other. Once a good part of a neighbourhood has been read, the rest comes too.
 """
 
 from __future__ import annotations
@@ -12,6 +16,10 @@ STREAMS = 8
 LONGEST = 32
 BATCH = 8  # spans that are asked for together once a stream is long
 DENSE = 0.9  # of the bytes that a stream has passed, to count as reading everything
+# Measured with the starts of programs: 5 of 16 takes a third of the waiting away and fetches an
+# eighth more; 4 of 16 gains little for twice that.
+NEIGHBOURS = 16
+KNOWN_NEIGHBOURS = 5
 
 
 class _Stream:
@@ -37,13 +45,30 @@ class Readahead:
 
     def __init__(self, spans: int) -> None:
         self._spans = spans
+        self._read = bytearray(spans)  # 1 for each span that was read
         self._streams: list[_Stream] = []  # least recently used first
 
-    def advance(self, first: int, last: int, offset: int, size: int) -> range:
+    def advance(self, first: int, last: int, offset: int, size: int) -> list[int]:
         """Notes a read of `size` bytes in the spans `first` to `last`; returns what to fetch ahead.
 
-        The kernel's own readahead may send the reads of one stream out of order.
+        Spans that were read or asked for before may be among it.
         """
+        ahead = list(self._advance_stream(first, last, offset, size))
+        for span in range(first, last + 1):
+            if not self._read[span]:
+                self._read[span] = 1
+                ahead += self._neighbours(span)
+        return ahead
+
+    def _neighbours(self, span: int) -> range:
+        """The neighbourhood of a span if enough of it was read, the last span just now."""
+        start = span - span % NEIGHBOURS
+        stop = min(start + NEIGHBOURS, self._spans)
+        known = self._read.count(1, start, stop)
+        return range(start, stop) if known == KNOWN_NEIGHBOURS else range(0)
+
+    def _advance_stream(self, first: int, last: int, offset: int, size: int) -> range:
+        """The kernel's own readahead may send the reads of one stream out of order."""
         for stream in self._streams:
             if stream.last - 1 <= first <= stream.ahead:
                 break
