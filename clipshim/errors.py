@@ -6,6 +6,23 @@ full stop and names object, expected and found; the hint says what the user can 
 
 import errno
 
+# What helps against errors of the system; the path is in the message.
+_REMEDIES = {
+    errno.ENOSPC: "make room on that file system",
+    errno.EDQUOT: "make room, or have the quota of that file system raised",
+    errno.EROFS: "the file system is read-only: see the kernel's log for why, remount it writable",
+    errno.EIO: "the disk may be failing: see the kernel's log",
+    errno.EMFILE: "raise the limit of open files (LimitNOFILE, ulimit -n)",
+    errno.ENFILE: "raise the node's limit of open files (sysctl fs.file-max)",
+    errno.ENOMEM: "the node is out of memory, or its control group is",
+    errno.EAGAIN: "the node is out of processes or threads (TasksMax, ulimit -u)",
+}
+
+
+def remedy(error: OSError) -> "str | None":
+    """What the user can do about an error of the system, if that is known."""
+    return _REMEDIES.get(error.errno) if error.errno is not None else None
+
 
 class ClipError(Exception):
     """Base of all errors that clipshim raises on purpose."""

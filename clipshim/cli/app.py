@@ -19,7 +19,7 @@ from typer.core import TyperGroup
 
 from clipshim import __version__
 from clipshim.cli.terminal import print_error, printable
-from clipshim.errors import ClipError
+from clipshim.errors import ClipError, remedy
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -170,7 +170,7 @@ def _report(exc: Exception) -> int:
         message, hint, code = exc.format_message(), _usage_hint(exc), 2
     elif isinstance(exc, OSError):
         where = f"{os.fsdecode(exc.filename)}: " if exc.filename else ""
-        message, hint, code = f"{where}{exc.strerror or exc}", None, 1
+        message, hint, code = f"{where}{exc.strerror or exc}", remedy(exc), 1
         if isinstance(exc, PermissionError) and os.geteuid() != 0:
             hint = "run it as root"
     else:

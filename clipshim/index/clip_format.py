@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Final, Literal, NamedTuple, Protocol
 
 import zstandard
 
-from clipshim.errors import IndexFormatError, NotFoundError, StoreError
+from clipshim.errors import IndexFormatError, NotFoundError, StoreError, remedy
 
 if TYPE_CHECKING:
     import io
@@ -101,7 +101,7 @@ def write_clip(
     try:
         fd, temporary = tempfile.mkstemp(dir=directory, prefix=".clip-", suffix=".tmp")
     except OSError as exc:
-        raise StoreError(f"index {path}: cannot create: {exc.strerror}") from exc
+        raise StoreError(f"index {path}: cannot create: {exc.strerror}", hint=remedy(exc)) from exc
     with contextlib.ExitStack() as undo:
         undo.callback(_unlink_quietly, temporary)
         with os.fdopen(fd, "w+b") as file:
@@ -112,7 +112,9 @@ def write_clip(
                 os.fsync(file.fileno())
                 os.rename(temporary, path)
             except OSError as exc:
-                raise StoreError(f"index {path}: cannot write: {exc.strerror or exc}") from exc
+                raise StoreError(
+                    f"index {path}: cannot write: {exc.strerror or exc}", hint=remedy(exc)
+                ) from exc
         undo.pop_all()
     _sync_directory(directory)
     return digest
@@ -190,7 +192,9 @@ class ClipFile:
             except FileNotFoundError as exc:
                 raise NotFoundError(f"index {label}: no such file") from exc
             except OSError as exc:
-                raise StoreError(f"index {label}: cannot open: {exc.strerror}") from exc
+                raise StoreError(
+                    f"index {label}: cannot open: {exc.strerror}", hint=remedy(exc)
+                ) from exc
         try:
             return cls(fd, label)
         except BaseException:
@@ -277,7 +281,9 @@ class ClipFile:
             try:
                 part = os.pread(self._fd, min(size, 64 << 20), offset)
             except OSError as exc:
-                raise StoreError(f"index {self.label}: cannot read: {exc.strerror}") from exc
+                raise StoreError(
+                    f"index {self.label}: cannot read: {exc.strerror}", hint=remedy(exc)
+                ) from exc
             if not part:
                 raise self._bad(f"ends at byte {offset}, expected {size} more bytes")
             parts.append(part)

@@ -20,7 +20,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from clipshim.errors import StoreError
+from clipshim.errors import StoreError, remedy
 from clipshim.lazy.eviction import (
     IdleLayer,
     IdleSpan,
@@ -91,7 +91,7 @@ class LayerStore:
             os.makedirs(directory, 0o700, exist_ok=True)
             self._scan()
         except OSError as exc:
-            raise StoreError(f"layer store {directory}: {exc.strerror}") from exc
+            raise StoreError(f"layer store {directory}: {exc.strerror}", hint=remedy(exc)) from exc
 
     # -- layers
 

@@ -6,6 +6,7 @@ A descriptor in use is never closed: its number could name another layer's file 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import resource
 import threading
@@ -26,7 +27,7 @@ class _OpenFile:
 
 
 class OpenFiles:
-    """Descriptors by path, read-write, never through symbolic links. Thread-safe."""
+    """Descriptors by path, read-write where the disk is, never through links. Thread-safe."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -39,7 +40,7 @@ class OpenFiles:
         with self._lock:
             file = self._files.get(path)
             if file is None:
-                file = _OpenFile(os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW))
+                file = _OpenFile(_open(path))
                 self._files[path] = file
                 file.users = 1
                 self._trim()
@@ -82,6 +83,16 @@ class OpenFiles:
         file.stale = True
         if not file.users:
             os.close(file.fd)
+
+
+def _open(path: str) -> int:
+    flags = os.O_CLOEXEC | os.O_NOFOLLOW
+    try:
+        return os.open(path, os.O_RDWR | flags)
+    except OSError as exc:
+        if exc.errno != errno.EROFS:
+            raise
+        return os.open(path, os.O_RDONLY | flags)  # what is cached can still be read
 
 
 def raise_descriptor_limit() -> int:

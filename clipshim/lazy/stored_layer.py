@@ -35,7 +35,7 @@ import time
 from array import array
 from typing import TYPE_CHECKING, Protocol
 
-from clipshim.errors import StoreError
+from clipshim.errors import StoreError, remedy
 from clipshim.lazy.layer_files import FULL, DamageError, LayerFiles
 
 if TYPE_CHECKING:
@@ -421,6 +421,10 @@ class StoredLayer:
         try:
             found = self._files.load()
         except OSError as exc:
+            if exc.errno != errno.EIO:  # out of descriptors, say: that is no reason to lose it
+                raise StoreError(
+                    f"layer {self.key}: store: {exc.strerror}", hint=remedy(exc)
+                ) from exc
             self._reset(f"cannot be read: {exc.strerror}")
             return
         except DamageError as exc:

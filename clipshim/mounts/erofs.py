@@ -60,7 +60,8 @@ def mount_erofs_fd(meta_path: str, devices: "Sequence[str]") -> int:
 def probe_erofs(directory: str) -> "str | None":
     """Why EROFS images in files below `directory` cannot be mounted here, or None when they can.
 
-    Mounts a tiny image with one device and reads a file through it; nothing stays behind.
+    Mounts a tiny image with one device and reads a file through it; nothing stays behind. Raises
+    OSError where that cannot be tried: a full or read-only disk says nothing about the kernel.
     """
     meta, device = (
         f"{directory}/.erofs-probe.{os.getpid()}",
@@ -70,6 +71,17 @@ def probe_erofs(directory: str) -> "str | None":
         for path, content in ((meta, probe_image()), (device, _PROBE_TEXT)):
             with open(path, "wb") as file:
                 file.write(content)
+        return _try_mount(meta, device)
+    finally:
+        for path in (meta, device):
+            try:
+                os.unlink(path)
+            except OSError:
+                continue
+
+
+def _try_mount(meta: str, device: str) -> "str | None":
+    try:
         mounted = mount_erofs_fd(meta, [device])
         try:
             fd = os.open("f", os.O_RDONLY | os.O_CLOEXEC, dir_fd=mounted)
@@ -79,17 +91,11 @@ def probe_erofs(directory: str) -> "str | None":
                 os.close(fd)
         finally:
             os.close(mounted)
-        return None if data == _PROBE_TEXT else "an EROFS mount from files returned wrong data"
     except MountError as exc:
         return exc.message
     except OSError as exc:
         return str(exc)
-    finally:
-        for path in (meta, device):
-            try:
-                os.unlink(path)
-            except OSError:
-                continue
+    return None if data == _PROBE_TEXT else "an EROFS mount from files returned wrong data"
 
 
 def probe_image() -> bytes:

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from clipshim.errors import BadReferenceError, NotFoundError, StoreError
+from clipshim.errors import BadReferenceError, NotFoundError, StoreError, remedy
 from clipshim.registry.references import canonical_image
 from clipshim.settings import Settings
 
@@ -104,7 +104,9 @@ class ImageNames:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(temporary)
             if isinstance(exc, OSError):
-                raise StoreError(f"local store {self.directory}: {exc.strerror}") from exc
+                raise StoreError(
+                    f"local store {self.directory}: {exc.strerror}", hint=remedy(exc)
+                ) from exc
             raise
         _sync_directory(self.directory)
         return digest
@@ -224,7 +226,9 @@ class ImageNames:
         try:
             os.makedirs(self.directory, mode=0o700, exist_ok=True)
         except OSError as exc:
-            raise StoreError(f"local store {self.directory}: {exc.strerror}") from exc
+            raise StoreError(
+                f"local store {self.directory}: {exc.strerror}", hint=remedy(exc)
+            ) from exc
 
     def _check_room(self, size: int) -> None:
         """Raises StoreError rather than fill the disk: a container's index may be any size."""
@@ -260,7 +264,7 @@ class ImageNames:
         except OSError as exc:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(temporary)
-            raise StoreError(f"{path}: {exc.strerror}") from exc
+            raise StoreError(f"{path}: {exc.strerror}", hint=remedy(exc)) from exc
         if sync:
             _sync_directory(self.directory)
 

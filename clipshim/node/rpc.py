@@ -15,7 +15,7 @@ from typing import Any
 
 import trio
 
-from clipshim.errors import ClipError, DaemonError, UsageError
+from clipshim.errors import ClipError, DaemonError, UsageError, remedy
 from clipshim.node.control import MAX_FDS, close_all, fds_of
 
 log = logging.getLogger(__name__)
@@ -146,7 +146,10 @@ class RpcServer:
             return {"ok": True} | await handler(request)
         except ClipError as exc:
             return failure(exc)
-        except (OSError, EOFError, trio.TooSlowError) as exc:
+        except OSError as exc:
+            log.error("request %s failed: %s", request.op, exc)
+            return failure(DaemonError(f"{request.op}: {exc}", hint=remedy(exc)))
+        except (EOFError, trio.TooSlowError) as exc:
             log.exception("request %s failed", request.op)
             return failure(DaemonError(f"{request.op}: {str(exc) or type(exc).__name__}"))
         except Exception as exc:

@@ -273,7 +273,11 @@ class TreeMounts:
             raise MountError(f"mode: expected auto, erofs or fuse, got {wanted!r}")
         async with self._probed:
             if not self._probe_done:
-                self._no_erofs = await self._worker.probe(self._settings.state_dir)
+                try:
+                    self._no_erofs = await self._worker.probe(self._settings.state_dir)
+                except MountError as exc:  # a full disk, say: the mount itself will tell
+                    log.warning("whether EROFS can be mounted is not known: %s", exc)
+                    return "erofs"
                 self._probe_done = True
                 if self._no_erofs:
                     log.info("mode auto uses fuse: %s", self._no_erofs)

@@ -6,7 +6,7 @@ test compares what is loaded with a literal list.
 
 import os
 
-from clipshim.errors import ClipError, PolicyError
+from clipshim.errors import ClipError, PolicyError, remedy
 from clipshim.shim import argv, bundle, reporting, runtimes, source
 from clipshim.shim.trace import trace
 
@@ -78,7 +78,9 @@ def main(arguments: "Sequence[str]", *, runtime: str, own_program: str) -> "NoRe
         reporting.report_error(str(exc), call.line.options)
         os._exit(1)  # engines know 1; exit codes of our own are for our own commands
     except Exception as exc:  # a bug must reach the engine as an error, not as a traceback
-        reporting.report_error(f"clipshim: {type(exc).__name__}: {exc}", call.line.options)
+        hint = remedy(exc) if isinstance(exc, OSError) else None
+        text = f"clipshim: {type(exc).__name__}: {exc}{f' ({hint})' if hint else ''}"
+        reporting.report_error(text, call.line.options)
         if os.environ.get("CLIPSHIM_DEBUG"):
             raise
         os._exit(1)
