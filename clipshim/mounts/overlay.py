@@ -24,6 +24,12 @@ VOLATILE_FILE_SYSTEMS = {
     syscalls.RAMFS_MAGIC: "ramfs",
 }
 
+# filesystems/overlayfs.rst, "Upper and Lower"
+_UNFIT_FILE_SYSTEMS = {
+    syscalls.OVERLAYFS_SUPER_MAGIC: "overlayfs",
+    syscalls.NFS_SUPER_MAGIC: "NFS",
+    syscalls.FUSE_SUPER_MAGIC: "FUSE",
+}
 _CLASSIC_BYTES = 3000  # of names; mount(2) takes a page of options
 _CONFIG_STRING_BYTES = 255  # fs/fsopen.c: longer values of fsconfig are refused
 _ATTRIBUTES = {
@@ -75,7 +81,14 @@ class OverlayPlan:
                 self.options = tuple(option for option in self.options if option != VOLATILE)
                 self._mount_either_way()
         except OSError as exc:
-            raise MountError(f"{self.describe()}: {exc}") from exc
+            raise MountError(f"{self.describe()}: {exc}", hint=self._hint(exc)) from exc
+
+    def _hint(self, exc: OSError) -> "str | None":
+        """What the kernel says in its log only."""
+        if exc.errno != errno.EINVAL or not self.upper:
+            return None
+        kind = _UNFIT_FILE_SYSTEMS.get(syscalls.fs_type(self.upper))
+        return f"overlayfs cannot write to {kind}: use ext4, xfs or btrfs" if kind else None
 
     def _mount_either_way(self) -> None:
         try:

@@ -38,12 +38,16 @@ _OPTIONAL_PATIENCE_S = 10.0  # for an image that the engine has pulled anyway
 def create_with_index(call: "Call", found: "Bundle", named: "Source") -> "int | None":
     """Makes the rootfs and runs the runtime; returns its wait status.
 
-    None: the index was optional and there is none; nothing has changed.
+    None: the index was optional and there is none, or the container exists; nothing has changed.
     """
     settings = call.settings
     key = container_key(call.line.container_id, call.root)
     with ContainerLock(settings, key, wait_s=_LOCK_WAIT_S):
         trace("create-locked")
+        if os.path.lexists(f"{call.root}/{call.line.container_id}"):
+            if load_for_removal(settings, key, call.line.container_id, call.root) is None:
+                teardown.forget(settings, settings.container_dir(key))
+            return None  # made by whom we have waited for: the runtime says that the ID exists
         kept = _remove_stale(call, key)
         try:
             return _create_locked(call, found, named, key, kept)

@@ -158,6 +158,23 @@ def test_a_failed_mount_names_the_plan(tmp_path: Path, target: Path) -> None:
     assert mountinfo.mount_at(str(target)) is None
 
 
+def test_an_upper_directory_that_cannot_be_one_has_a_hint(tmp_path: Path, target: Path) -> None:
+    for name in ("lower", "upper", "work", "m"):
+        (tmp_path / name).mkdir(parents=True)
+    names = {name: str(tmp_path / name) for name in ("lower", "upper", "work")}
+    overlay.OverlayPlan(
+        str(target), [names["lower"]], upper=names["upper"], work=names["work"]
+    ).execute()
+    for name in ("u", "w"):
+        (target / name).mkdir()
+    plan = overlay.OverlayPlan(
+        str(tmp_path / "m"), [names["lower"]], upper=str(target / "u"), work=str(target / "w")
+    )
+    with pytest.raises(MountError) as caught:
+        plan.execute()
+    assert caught.value.hint == "overlayfs cannot write to overlayfs: use ext4, xfs or btrfs"
+
+
 def test_tmpfs_is_refused(target: Path) -> None:
     overlay.refuse_volatile(str(target), "upper directory")
     syscalls.mount("tmpfs", str(target), "tmpfs")
