@@ -24,7 +24,7 @@ import re
 import stat
 import struct
 import tempfile
-from typing import TYPE_CHECKING, Final, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, BinaryIO, Final, Literal, NamedTuple, Protocol, cast
 
 import zstandard
 
@@ -42,6 +42,7 @@ _HEADER = struct.Struct("<8sIIQ32s")
 _ROW = struct.Struct("<24sQQQB7x32s")
 _NAME = re.compile(rb"[a-z][a-z0-9]*(\.[0-9]{1,5})?")
 _COPY = 1 << 20
+_MAX_WINDOW = 128 << 20
 MAX_SECTIONS: Final = 2048
 MAX_FILE_SIZE: Final = 1 << 44
 # What is read whole into memory, by name: no index of a real image comes near these.
@@ -49,7 +50,7 @@ MAX_RAW_SIZE: Final = {
     "image": 16 << 20,
     "layers": 32 << 20,
     "tree": 512 << 20,
-    "spans": 512 << 20,
+    "spans": 128 << 20,
     "windows": 1 << 30,
     "profile": 32 << 20,
 }
@@ -248,6 +249,39 @@ class ClipFile:
             raise self._bad(f"section {name}: content does not match its sha256")
         return stored if entry.compression == "none" else self._decompressed(entry, stored)
 
+    @property
+    def unpacked_bytes(self) -> int:
+        """What reading all sections but those that are read in pieces takes."""
+        pieces = ("windows", "blob.")
+        rows = self._sections.values()
+        return sum(row.raw_size for row in rows if not row.name.startswith(pieces))
+
+    def pieces(self, name: str) -> Iterator[bytes]:
+        """The raw bytes of a section in pieces, verified before the first of them.
+
+        Raises IndexFormatError, also in the middle if the file is changed meanwhile.
+        """
+        entry = self.entry(name)
+        self.verify(name)
+        source = cast("BinaryIO", _Stored(self, entry))  # only its read() is used
+        if entry.compression == "none":
+            while piece := source.read(_COPY):
+                yield piece
+            return
+        decompressor = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW)
+        left = entry.raw_size
+        try:
+            with decompressor.stream_reader(source, read_size=_COPY, closefd=False) as reader:
+                while piece := reader.read(_COPY):
+                    left -= len(piece)
+                    if left < 0:
+                        break
+                    yield piece
+        except zstandard.ZstdError as exc:
+            raise self._bad(f"section {name}: not zstd: {exc}") from exc
+        if left:
+            raise self._bad(f"section {name}: expected {entry.raw_size} bytes, got others")
+
     def head(self, name: str, size: int) -> bytes:
         """The first `size` bytes of a section, or all, NOT verified. Raises IndexFormatError."""
         entry = self.entry(name)
@@ -365,6 +399,21 @@ class ClipFile:
 
     def _bad(self, what: str) -> IndexFormatError:
         return IndexFormatError(f"index {self.label}: {what}")
+
+
+class _Stored:
+    """The stored bytes of a section as a file."""
+
+    def __init__(self, clip: ClipFile, entry: Section) -> None:
+        self._clip = clip
+        self._at = entry.offset
+        self._end = entry.offset + entry.stored_size
+
+    def read(self, size: int) -> bytes:
+        """Up to `size` bytes, b"" at the end."""
+        part = self._clip.pread(self._at, min(size, self._end - self._at))
+        self._at += len(part)
+        return part
 
 
 def _most_raw(stored_size: int) -> int:

@@ -39,6 +39,7 @@ from clipshim.index.span_table import (
 
 if TYPE_CHECKING:
     import os
+    from collections.abc import Iterator
     from types import TracebackType
 
 __all__ = [
@@ -164,6 +165,10 @@ class Index:
         tree_check.py to check.
         """
         return self._clip.section("tree")
+
+    def tree_pieces(self) -> Iterator[bytes]:
+        """The tree in pieces, verified as by tree(). Raises IndexFormatError."""
+        return self._clip.pieces("tree")
 
     def span_table(self, i: int) -> SpanTable:
         """The spans of layer `i`."""

@@ -11,6 +11,7 @@ import os
 import secrets
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ import trio
 from clipshim.errors import (
     BadReferenceError,
     ClipError,
+    IndexFormatError,
     NotFoundError,
     PolicyError,
     RegistryError,
@@ -49,6 +51,8 @@ INDEXING_TIMEOUT_S = 3600.0
 LOOK_UP_S = 3.0
 MISSING_S = 300.0  # that "no index" and failures are remembered for such images
 MAX_REMEMBERED = 10_000
+LARGE_INDEX_BYTES = 32 << 20  # unpacked: about 200,000 files
+CHECK_TIMEOUT_S = 600.0
 
 Progress = Callable[[dict[str, Any]], Awaitable[None]]
 
@@ -72,6 +76,7 @@ class Resolver:
         self._missing: dict[str, float] = {}  # images and registries of engines; until when
         # gone with the last who asks: containers name what they like
         self._locks: WeakValueDictionary[str, trio.Lock] = WeakValueDictionary()
+        self._large = threading.Lock()  # one check of a large index at a time
         self.indexing_s: Callable[[float], None] = lambda _seconds: None
 
     async def resolve(self, source: Any, fds: list[int], progress: Progress) -> Resolved:
@@ -289,23 +294,53 @@ class Resolver:
 
     def check(self, digest: str) -> ImageFacts:
         """Checks an index in full and keeps the verdict. Blocking."""
-        with open_index(self._images.existing_path(digest)) as index:
-            if index.digest != digest:
-                raise NotFoundError(f"index {digest}: the file holds {index.digest}")
-            tree = check_tree(ErofsImage(index.tree()), [layer.size for layer in index.layers])
-            facts = ImageFacts(
-                image_id=index.image_id,
-                digest=digest,
-                reference=index.reference,
-                has_proc=tree.has_proc,
-                has_usr=tree.has_usr,
-                top_symlinks={
-                    os.fsdecode(name): os.fsdecode(target)
-                    for name, target in tree.top_symlinks.items()
-                },
-            )
-        self._images.keep_facts(facts)
-        return facts
+        with ClipFile.open(self._images.existing_path(digest)) as clip:
+            large = clip.unpacked_bytes > LARGE_INDEX_BYTES
+        return self._check_elsewhere(digest) if large else check_index(self._images, digest)
+
+    def _check_elsewhere(self, digest: str) -> ImageFacts:
+        """In a process of its own, one at a time: it takes memory and time."""
+        with self._large:
+            facts = self._images.facts(digest)
+            if facts is not None:  # whoever was here before us was asked for the same
+                return facts
+            command = [sys.executable, "-I", "-m", "clipshim.node.check_worker", digest]
+            try:
+                done = subprocess.run(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    capture_output=True,
+                    timeout=CHECK_TIMEOUT_S,
+                    check=False,
+                )
+            except (OSError, subprocess.SubprocessError) as exc:
+                raise IndexFormatError(f"index {digest}: cannot be checked: {exc}") from exc
+            facts = self._images.facts(digest)
+            if done.returncode or facts is None:
+                lines = done.stderr.decode(errors="replace").strip().splitlines()
+                said = lines[-1] if lines else f"its check ended with {done.returncode}"
+                raise IndexFormatError(said)
+            return facts
+
+
+def check_index(images: ImageNames, digest: str) -> ImageFacts:
+    """Checks an index of the store in full, here, and keeps the verdict. Raises ClipError."""
+    with open_index(images.existing_path(digest)) as index:
+        if index.digest != digest:
+            raise NotFoundError(f"index {digest}: the file holds {index.digest}")
+        tree = check_tree(ErofsImage(index.tree()), [layer.size for layer in index.layers])
+        facts = ImageFacts(
+            image_id=index.image_id,
+            digest=digest,
+            reference=index.reference,
+            has_proc=tree.has_proc,
+            has_usr=tree.has_usr,
+            top_symlinks={
+                os.fsdecode(name): os.fsdecode(target) for name, target in tree.top_symlinks.items()
+            },
+        )
+    images.keep_facts(facts)
+    return facts
 
 
 def _has_index(name: str, access: RegistryAccess) -> bool:

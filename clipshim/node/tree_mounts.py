@@ -305,7 +305,7 @@ class TreeMounts:
         """Writes the tree and the record; returns the paths of the devices. Blocking."""
         facts = request.facts
         with open_index(request.path) as index:
-            tree_path = self._records.write_tree(facts.image_id, index.tree())
+            tree_path = self._records.write_tree(facts.image_id, index.tree_pieces)
             layers = index.layers
             devices, pinned = [], []
             for i, layer in enumerate(layers):

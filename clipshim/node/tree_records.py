@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import secrets
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
 
 RECORD_VERSION = 1
@@ -80,16 +81,16 @@ class TreeRecords:
     def write(self, record: TreeRecord) -> None:
         """Replaces a record. Not synced: after a host reset nothing is mounted."""
         document = json.dumps({"version": RECORD_VERSION} | asdict(record))
-        self._replace(f"{self.directory}/{record.image_id}.json", document.encode())
+        self._replace(f"{self.directory}/{record.image_id}.json", [document.encode()])
 
-    def write_tree(self, image_id: str, tree: bytes) -> str:
-        """Writes the tree unless it is here; returns its path."""
+    def write_tree(self, image_id: str, pieces: Callable[[], Iterable[bytes]]) -> str:
+        """Writes the tree that `pieces` gives unless it is here; returns its path."""
         path = self.tree_path(image_id)
         # Not synced: a host reset may leave other bytes, which are found here before they are used.
         with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
-            if file.read(len(tree) + 1) == tree:
+            if all(file.read(len(piece)) == piece for piece in pieces()) and not file.read(1):
                 return path
-        self._replace(path, tree)
+        self._replace(path, pieces())
         return path
 
     def remove(self, image_id: str) -> None:
@@ -103,11 +104,11 @@ class TreeRecords:
         names = os.listdir(self.directory)
         return {name.rsplit(".", 1)[0] for name in names if not name.startswith(".")}
 
-    def _replace(self, path: str, data: bytes) -> None:
+    def _replace(self, path: str, pieces: Iterable[bytes]) -> None:
         temporary = f"{self.directory}/.new-{secrets.token_hex(8)}"
         try:
             with open(temporary, "wb") as file:
-                file.write(data)
+                file.writelines(pieces)
             os.rename(temporary, path)
         except BaseException:
             with contextlib.suppress(FileNotFoundError):

@@ -48,6 +48,45 @@ def forge(path: Path, rows: list[tuple[bytes, int, int, int, int, bytes]], body:
     return path
 
 
+@pytest.mark.parametrize("size", [1, 5000, 3_000_000])
+def test_a_section_read_in_pieces_is_the_same(tmp_path: Path, size: int) -> None:
+    tree = random.Random(1).randbytes(size // 3) + bytes(size - size // 3)
+    path = tmp_path / "a.clip"
+    for compression in ("zstd", "none"):
+        write_clip(path, [("tree", tree, compression)])
+        with ClipFile.open(path) as clip:
+            pieces = list(clip.pieces("tree"))
+            assert b"".join(pieces) == tree == clip.section("tree")
+            assert max(map(len, pieces)) <= 1 << 20
+            assert clip.unpacked_bytes == size
+
+
+def test_a_section_in_pieces_is_verified_before_the_first(tmp_path: Path) -> None:
+    path = tmp_path / "a.clip"
+    write_clip(path, [("tree", random.Random(1).randbytes(3_000_000), "none")])
+    damaged = bytearray(path.read_bytes())
+    damaged[-1] ^= 1
+    path.write_bytes(damaged)
+    with ClipFile.open(path) as clip, pytest.raises(IndexFormatError, match="sha256"):
+        next(clip.pieces("tree"))
+
+
+@pytest.mark.parametrize("declared", [2_999_999, 3_000_001])
+def test_a_section_in_pieces_has_the_size_that_the_table_says(
+    tmp_path: Path, declared: int
+) -> None:
+    stored = zstandard.compress(random.Random(1).randbytes(3_000_000))
+    row = (b"tree", HEADER.size + ROW.size, len(stored), declared, 1, _sha(stored))
+    path = forge(tmp_path / "a.clip", [row], stored)
+    with ClipFile.open(path) as clip, pytest.raises(IndexFormatError, match="expected"):
+        for _ in clip.pieces("tree"):
+            pass
+
+
+def _sha(data: bytes) -> bytes:
+    return hashlib.sha256(data).digest()
+
+
 def test_sections_come_back(tmp_path: Path) -> None:
     digest = write(tmp_path / "a.clip")
     with ClipFile.open(tmp_path / "a.clip") as clip:

@@ -92,10 +92,10 @@ def test_a_damaged_record_or_one_of_another_image_is_ignored(tmp_path: Path) -> 
 
 def test_a_tree_that_a_crash_left_torn_is_written_again(tmp_path: Path) -> None:
     records = TreeRecords(str(tmp_path))
-    path = records.write_tree("i", b"right")
+    path = records.write_tree("i", lambda: [b"ri", b"ght"])
     with open(path, "wb") as file:
         file.write(b"wrong")
-    assert records.write_tree("i", b"right") == path
+    assert records.write_tree("i", lambda: [b"right"]) == path
     with open(path, "rb") as file:
         assert file.read() == b"right"
 

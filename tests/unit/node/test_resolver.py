@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -12,16 +13,19 @@ from clipshim.errors import (
     AuthError,
     BadReferenceError,
     ClipError,
+    IndexFormatError,
     NotFoundError,
     PolicyError,
     RegistryError,
     UsageError,
 )
+from clipshim.index.builder import BuildOptions, build_index
 from clipshim.node import resolver as resolver_module
 from clipshim.node.images import ImageNames
 from clipshim.node.resolver import MISSING_S, Resolver
 from clipshim.registry import artifacts
 from clipshim.settings import Settings
+from tests.unit.index.samples import every_encoding
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -138,3 +142,42 @@ def test_a_source_of_another_shape_is_a_usage_error(tmp_path: Path) -> None:
     )
     for source in sources:
         assert isinstance(resolve(tmp_path, source), UsageError), source
+
+
+@pytest.fixture
+def stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[ImageNames, Resolver, str]:
+    """A local store with an index that counts as large, as its daemon finds it."""
+    config = tmp_path / "config.toml"
+    config.write_text(f'state_dir = "{tmp_path}/state"\nrun_dir = "{tmp_path}/run"\n')
+    monkeypatch.setenv("CLIPSHIM_CONFIG", str(config))
+    monkeypatch.setattr(resolver_module, "LARGE_INDEX_BYTES", 0)
+    settings = Settings({"state_dir": f"{tmp_path}/state", "run_dir": f"{tmp_path}/run"})
+    images = ImageNames(settings)
+    clip = tmp_path / "app.clip"
+    sample = every_encoding()
+    build_index(sample.source(), clip, BuildOptions())
+    with clip.open("rb") as file:
+        digest = images.add(file.fileno())
+    return images, Resolver(settings, images), digest
+
+
+def test_a_large_index_is_checked_in_a_process_of_its_own(
+    stored: tuple[ImageNames, Resolver, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, resolver, digest = stored
+    monkeypatch.setattr(resolver_module, "check_tree", None)  # not here
+    facts = resolver.check(digest)
+    assert facts == images.facts(digest)
+    assert facts.reference == "registry.example/app:1"
+    assert resolver.check(digest) == facts
+
+
+def test_what_the_check_elsewhere_finds_is_the_error(
+    stored: tuple[ImageNames, Resolver, str],
+) -> None:
+    images, resolver, digest = stored
+    other = "sha256:" + "0" * 64
+    os.rename(images.path(digest), images.path(other))
+    with pytest.raises(IndexFormatError, match="the file holds"):
+        resolver.check(other)
+    assert images.facts(other) is None
