@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -14,12 +15,14 @@ from clipshim.cli.daemon_calls import call_for_tree, release
 from clipshim.cli.images import destination, finish, path_of
 from clipshim.errors import MountError, UsageError
 from clipshim.mounts import mountinfo, overlay, syscalls
+from clipshim.node.hand_mounts import HandMounts
 from clipshim.settings import load_settings
 
 if TYPE_CHECKING:
     from clipshim.index.builder import Progress
     from clipshim.registry.access import RegistryAccess
 
+_TREE_TYPES = ("erofs", "fuse.clipshim")
 BUSY_PATIENCE_S = 2.0
 BUSY_PAUSE_S = 0.01
 
@@ -93,7 +96,7 @@ def mount_index(
     target = Path(os.path.realpath(directory))
     if not target.is_dir():
         raise UsageError(f"{directory}: expected an existing directory", hint="make it first")
-    if _is_mount_point(str(target)):
+    if mountinfo.mount_at(str(target)) is not None:
         raise UsageError(f"{target}: something is mounted there already")
     key = _hold_key(target)
     path = path_of(settings, os.fspath(index))
@@ -114,11 +117,20 @@ def mount_index(
 
 def umount_index(directory: str | os.PathLike[str]) -> None:
     """Takes a tree away that mount_index has mounted. Raises MountError."""
+    settings = load_settings()
     target = os.path.realpath(directory)
-    if not _is_mount_point(target):
+    mount = mountinfo.mount_at(target)
+    if mount is None:
         raise MountError(f"{target}: nothing is mounted there")
+    key = _hold_key(Path(target))
+    # a daemon that died whole has forgotten its holds; an unpacked image looks like any directory
+    if mount.fstype not in _TREE_TYPES and key not in HandMounts(settings.run_dir).all():
+        raise MountError(
+            f"{target}: expected a tree, found {mount.fstype} that clipshim has not mounted",
+            hint="umount(8) takes other mounts away",
+        )
     _unmount(target)
-    release(load_settings(), _hold_key(Path(target)))
+    release(settings, key)
 
 
 class OverlayMounter:
@@ -147,10 +159,15 @@ class OverlayMounter:
     def mount(self) -> Path:
         """Mounts tree and overlay; returns the root's path. Raises ClipError, leaving nothing."""
         with ExitStack() as undo:
+            new = not (self._state / "upper").exists()
             for name in ("lower", "upper", "work"):
                 (self._state / name).mkdir(parents=True, exist_ok=True)
             undo.enter_context(mount_index(self._index, self._state / "lower", mode=self._mode))
             lower, upper, work = (str(self._state / name) for name in ("lower", "upper", "work"))
+            if new:  # the root is the upper directory's inode: it must look like the image's
+                facts = os.stat(lower)
+                os.chown(upper, facts.st_uid, facts.st_gid)
+                os.chmod(upper, stat.S_IMODE(facts.st_mode))
             plan = overlay.OverlayPlan(str(self._directory), [lower], upper=upper, work=work)
             try:
                 plan.execute()
@@ -185,10 +202,6 @@ def _unmount(target: str) -> None:
             hint = "a program is using it: see `fuser -vm DIR`" if busy else None
             raise MountError(f"{target}: {exc}", hint=hint) from exc
         return
-
-
-def _is_mount_point(path: str) -> bool:
-    return any(entry.mount_point == path for entry in mountinfo.read_mounts())
 
 
 def _hold_key(directory: Path) -> str:

@@ -399,6 +399,17 @@ def test_a_report_tells_what_a_container_fetched(node: Node, debian_clip: Path) 
     assert "no such container" in failure(node, "report", "reported")
 
 
+def test_other_mounts_are_not_unmounted(node: Node) -> None:
+    other = node.directory / "other"
+    other.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", other], check=True)
+    try:
+        assert "found tmpfs" in failure(node, "umount", other)
+        assert os.path.ismount(other)
+    finally:
+        subprocess.run(["umount", other], check=True)
+
+
 def test_doctor_finds_nothing_wrong_here(node: Node) -> None:
     done = node.clipshim("doctor")
     assert "broken" not in done.stdout
@@ -435,9 +446,15 @@ def test_python_programs_get_the_same(
         assert mounted.reference == tiny_reference
         assert "bin" in os.listdir(target)
     assert os.listdir(target) == []
-    with clipshim.OverlayMounter(path, root, state=node.directory / "state-of-root") as rootfs:
-        (rootfs / "written").write_text("by a program")
-        assert (rootfs / "bin").is_dir()
+    before = os.umask(0o077)  # the root looks like the image's all the same
+    try:
+        mounter = clipshim.OverlayMounter(path, root, state=node.directory / "state-of-root")
+        with mounter as rootfs:
+            (rootfs / "written").write_text("by a program")
+            assert (rootfs / "bin").is_dir()
+            assert rootfs.stat().st_mode == 0o40755
+    finally:
+        os.umask(before)
     assert os.listdir(root) == []
     assert (node.directory / "state-of-root/upper/written").read_text() == "by a program"
     assert node.container_mounts() == []
