@@ -49,6 +49,10 @@ RESOLVE_BENEATH = 0x8
 RESOLVE_IN_ROOT = 0x10
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+PR_SET_CHILD_SUBREAPER = 36
+IN_DELETE = 0x200  # linux/inotify.h
+IN_DELETE_SELF = 0x400
+IN_MOVE_SELF = 0x800
 CLONE_NEWUSER = 0x10000000  # linux/sched.h
 
 OVERLAYFS_SUPER_MAGIC = 0x794C7630  # linux/magic.h
@@ -113,6 +117,8 @@ _libc.prctl.argtypes = (
     ctypes.c_ulong,
     ctypes.c_ulong,
 )
+_libc.inotify_init1.argtypes = (ctypes.c_int,)
+_libc.inotify_add_watch.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_uint32)
 
 _int, _uint, _str, _size_t = ctypes.c_int, ctypes.c_uint, ctypes.c_char_p, ctypes.c_size_t
 
@@ -300,3 +306,17 @@ def prctl(option: int, argument: "Any" = 0) -> None:
     """prctl(2) for the options that take one number."""
     if _libc.prctl(option, argument, 0, 0, 0) < 0:
         _fail("prctl", str(option))
+
+
+def inotify_init() -> int:
+    """inotify_init1(2): a descriptor that does not block and is closed on exec."""
+    fd: int = _libc.inotify_init1(os.O_CLOEXEC | os.O_NONBLOCK)
+    if fd < 0:
+        _fail("inotify_init1")
+    return fd
+
+
+def inotify_add_watch(fd: int, path: "str | bytes", mask: int) -> None:
+    """inotify_add_watch(2)."""
+    if _libc.inotify_add_watch(fd, _bytes(path), mask) < 0:
+        _fail("inotify_add_watch", os.fsdecode(path))

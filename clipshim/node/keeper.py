@@ -24,7 +24,7 @@ import sys
 
 from clipshim.errors import ClipError, DaemonError
 from clipshim.mounts import mountinfo
-from clipshim.node import fuse_connection, own_cgroup, sd_notify
+from clipshim.node import foster, fuse_connection, own_cgroup, sd_notify
 from clipshim.node.control import close_all
 from clipshim.node.keeper_loop import Keeper, mount_layers, note_early_signals, unmount_all
 from clipshim.node.keeper_state import STATE_NAME, KeeperState, new_generation, read_state
@@ -187,6 +187,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--ready-fd", type=int, help="written to and closed when clients can connect"
     )
     parser.add_argument("--own-cgroup", action="store_true", help="leave the caller's cgroup")
+    parser.add_argument("--container-dir", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.config:
         os.environ[CONFIG_ENV] = options.config
@@ -199,6 +200,8 @@ def main(arguments: list[str] | None = None) -> int:
         keep(settings)
         if options.own_cgroup:
             own_cgroup.move_self()
+        if options.container_dir:
+            foster.stand_between(options.container_dir)
         keeper = adopt(settings, options.adopt) if options.adopt else _start(settings)
     except (ClipError, OSError) as exc:
         log.error("cannot start: %s", exc)

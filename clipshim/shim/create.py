@@ -201,7 +201,13 @@ def _request_tree(settings: "Settings", key: str, named: "Source") -> "rootfs.Tr
     fds = [named.fd] if named.fd >= 0 else []
     patience_s = _OPTIONAL_PATIENCE_S if named.is_optional else settings.daemon_timeout_s
     try:
-        reply = daemon_start.ask_daemon(settings, request, fds=fds, at_most_s=patience_s)
+        reply = daemon_start.ask_daemon(
+            settings,
+            request,
+            fds=fds,
+            at_most_s=patience_s,
+            container_dir=settings.container_dir(key),
+        )
     except ClipError:
         if named.is_optional:  # an ordinary container must not fail for what is wrong with clipshim
             return None

@@ -49,19 +49,24 @@ def ask_daemon(
     fds: "Sequence[int]" = (),
     on_progress: "Callable[[dict[str, Any]], None] | None" = None,
     at_most_s: float = float("inf"),
+    container_dir: str = "",
 ) -> daemon_client.Reply:
-    """daemon_client.ask with the configured socket and timeout; starts a daemon if none runs."""
+    """daemon_client.ask with the configured socket and timeout; starts a daemon if none runs.
+
+    A daemon that the create of a container starts is kept away from the engine until
+    `container_dir` is deleted (node/foster.py).
+    """
     path, timeout_s = settings.daemon_socket, min(settings.daemon_timeout_s, at_most_s)
     try:
         return daemon_client.ask(
             path, request, fds=fds, timeout_s=timeout_s, on_progress=on_progress
         )
     except daemon_client.NoDaemonError:
-        start_daemon(settings)
+        start_daemon(settings, container_dir)
     return daemon_client.ask(path, request, fds=fds, timeout_s=timeout_s, on_progress=on_progress)
 
 
-def start_daemon(settings: "Settings") -> None:
+def start_daemon(settings: "Settings", container_dir: str = "") -> None:
     """Starts a daemon unless one answers; returns when clients can connect. Raises DaemonError."""
     os.makedirs(settings.run_dir, mode=0o700, exist_ok=True)
     os.makedirs(settings.state_dir, mode=0o700, exist_ok=True)
@@ -75,16 +80,18 @@ def start_daemon(settings: "Settings") -> None:
                 settings.daemon_socket, {"op": "ping"}, timeout_s=settings.daemon_timeout_s
             ).close()
         except daemon_client.NoDaemonError:
-            _start(settings)
+            _start(settings, container_dir)
     finally:
         os.close(lock_fd)
 
 
-def _start(settings: "Settings") -> None:
+def _start(settings: "Settings", container_dir: str) -> None:
     log_path = f"{settings.state_dir}/daemon.log"
     command = [sys.executable, "-I", "-m", "clipshim.node.keeper", "--own-cgroup"]
     if os.path.exists(settings.path):
         command += ["--config", settings.path]
+    if container_dir:
+        command += ["--container-dir", container_dir]
     ready_read, ready_write = os.pipe()
     command += ["--ready-fd", "3"]
     children.keep_children()
