@@ -1,9 +1,9 @@
 """Garbage collection of a node: at the server's start and by `clipshim gc`.
 
-Containers are container_cleanup.py's, in a process of its own. Here: trees that nobody uses,
-mounts and files of trees that no record describes, indexes that nobody named and nobody used for
-a week, profiles of images whose index is gone as long, and the oldest ones beyond a bound. Cached
-spans are the layer store's own business.
+Containers are container_cleanup.py's, in a process of its own. Here: holds of containers that
+are gone, trees that nobody uses, mounts and files of trees that no record describes, indexes that
+nobody named and nobody used for a week, profiles of images whose index is gone as long, and the
+oldest ones beyond a bound. Cached spans are the layer store's own business.
 """
 
 import contextlib
@@ -31,6 +31,7 @@ PROFILE_AGE_S = 7 * 86400.0  # without its index; one that comes again finds wha
 MAX_PROFILES = 4096
 MAX_PROFILE_BYTES = 64 << 20  # of all; one of a large image has 50 kB
 DRAFT_AGE_S = 86400.0
+HOLD_AGE_S = 600.0
 DRAFTS = (".new-", ".clip-", ".pull-")  # images.py, tree_records.py; clip_format.py; artifacts.py
 PAUSE_S = 900.0  # containers of engines that crashed are found without anybody asking
 CONTAINERS_TIMEOUT_S = 300.0
@@ -80,6 +81,20 @@ def choose_profiles(
     return victims
 
 
+def choose_holds(
+    holds: list[str], known: set[str], seen: dict[str, float], now: float
+) -> list[str]:
+    """The holds of containers that have had no directory for long; `seen` says since when.
+
+    A create makes the directory before it asks, a delete takes the hold back before it removes it:
+    without one, whoever held the tree was killed, or could not tell.
+    """
+    lost = {hold for hold in holds if hold not in known}
+    for hold in set(seen) - lost:
+        del seen[hold]
+    return sorted(hold for hold in lost if now - seen.setdefault(hold, now) > HOLD_AGE_S)
+
+
 def choose_trees(found: set[str], known: set[str]) -> list[str]:
     """The image IDs that have files or mounts but no tree."""
     return sorted(found - known)
@@ -94,6 +109,11 @@ async def collect(node: Node, *, dry_run: bool, unused_trees: bool) -> list[str]
 async def _collect(node: Node, *, dry_run: bool, unused_trees: bool) -> list[str]:
     removed = await clean_containers(dry_run=dry_run)
     trees = node.trees
+    known = await trio.to_thread.run_sync(_known_holds, node)
+    for hold in choose_holds(trees.in_use(), known, node.lost_holds, trio.current_time()):
+        removed.append(f"hold of a container that is gone: {hold}")
+        if not dry_run:
+            trees.release(hold)
     if unused_trees:
         removed += [f"unused tree {tree.image_id}" for tree in trees.idle(0.0)]
         if not dry_run:
@@ -173,6 +193,11 @@ def _held_images(node: Node) -> set[str]:
     """What containers and mounts by hand are recorded with."""
     containers = read_containers(node.settings.run_dir)
     return {container.image_id for container in containers} | set(node.hand_mounts.all().values())
+
+
+def _known_holds(node: Node) -> set[str]:
+    """Containers that have a directory, whatever is in it, and mounts by hand."""
+    return {*os.listdir(node.settings.run_dir), *node.hand_mounts.all()}
 
 
 def _unpacked_ids(node: Node) -> set[str]:

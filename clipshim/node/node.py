@@ -55,6 +55,7 @@ class Node:
         self.lazy = True  # false without FUSE: then images can only be unpacked
         self.events = Events()
         self.collecting = trio.Lock()
+        self.lost_holds: dict[str, float] = {}  # of containers without a directory; since when
         self.nursery = nursery
         self.keeper = keeper
         self.started = time.time()

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from clipshim.node.cleanup import (
+    HOLD_AGE_S,
     IndexFile,
     ProfileFile,
+    choose_holds,
     choose_indexes,
     choose_profiles,
     choose_trees,
@@ -128,3 +130,14 @@ def test_a_link_in_place_of_an_upper_directory_is_not_followed(
     (tmp_path / "state/upper/lost").symlink_to(precious)
     removed(settings)
     assert (precious / "file").exists()
+
+
+def test_holds_without_a_container_go_after_a_while_unless_it_appears() -> None:
+    seen: dict[str, float] = {}
+    assert choose_holds(["lost", "here"], {"here"}, seen, 0.0) == []
+    assert choose_holds(["lost", "here"], {"here"}, seen, HOLD_AGE_S) == []
+    assert choose_holds(["lost", "here"], {"here"}, seen, HOLD_AGE_S + 1) == ["lost"]
+    assert choose_holds(["lost"], {"lost"}, seen, HOLD_AGE_S + 2) == []
+    assert choose_holds(["lost"], set(), seen, HOLD_AGE_S + 3) == []
+    assert choose_holds([], set(), seen, HOLD_AGE_S + 4) == []
+    assert seen == {}
