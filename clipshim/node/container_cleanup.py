@@ -64,7 +64,7 @@ def remove(settings: Settings, victim: Victim) -> None:
         teardown.tear_down(settings, state)
         return
     directory = settings.container_dir(victim.key)
-    for name in ("lower", "rootfs"):
+    for name in ("lower", "layers", "rootfs"):
         teardown.unmount_all(f"{directory}/{name}")
     for path in (settings.upper_dir(victim.key), settings.work_dir(victim.key)):
         teardown.remove_tree(path)

@@ -159,6 +159,7 @@ class _Attached:
 
 def _mount_graft(engine: "graft.EngineOverlay", lower: str, undo: "Undo", userns_fd: int) -> str:
     flags = syscalls.UMOUNT_NOFOLLOW
+    layers = _EngineLayers(engine, userns_fd, f"{os.path.dirname(lower)}/layers")
     try:
         syscalls.umount2(engine.target, flags)
     except OSError as exc:
@@ -166,31 +167,47 @@ def _mount_graft(engine: "graft.EngineOverlay", lower: str, undo: "Undo", userns
             f"rootfs {engine.target}: the engine's overlay cannot be replaced: {exc}"
         ) from exc
     if engine.lowers:  # none: what an interrupted create has left, which nobody can put back
-        undo.push(_mount_again, engine, userns_fd)
+        undo.push(_mount_again, engine, layers)
     trace("create-unmounted")
     if engine.volatile and engine.work:
         graft.forget_volatile(engine.work)
-    _execute_on_layers(engine, engine.graft_plan(lower), userns_fd)
+    layers.execute(engine.graft_plan(lower))
     undo.push(syscalls.umount2, engine.target, flags | syscalls.MNT_DETACH)
     return engine.target
 
 
-def _mount_again(engine: "graft.EngineOverlay", userns_fd: int) -> None:
+def _mount_again(engine: "graft.EngineOverlay", layers: "_EngineLayers") -> None:
     if engine.volatile and engine.work:
         graft.forget_volatile(engine.work)
-    _execute_on_layers(engine, engine.plan(), userns_fd)
+    layers.execute(engine.plan())
 
 
-def _execute_on_layers(
-    engine: "graft.EngineOverlay", plan: overlay.OverlayPlan, userns_fd: int
-) -> None:
-    if userns_fd < 0:
-        _execute(plan, fuse=engine.is_fuse)
-        return
-    from clipshim.shim import idmap  # only with a user namespace
+class _EngineLayers:
+    """The layers that an engine's overlay, still mounted, is made of; plans are executed on them.
 
-    with idmap.MappedLayers(plan.lowers, userns_fd):
-        _execute(plan, fuse=engine.is_fuse)
+    With a user namespace the engine had them mounted with shifted owners while it mounted the
+    overlay, and so must we.
+    """
+
+    __slots__ = ("_directory", "_found", "_is_fuse", "_userns_fd")
+
+    def __init__(self, engine: "graft.EngineOverlay", userns_fd: int, directory: str) -> None:
+        self._is_fuse, self._userns_fd, self._directory = engine.is_fuse, userns_fd, directory
+        self._found = None
+        if userns_fd >= 0:
+            from clipshim.shim import mapped_layers  # only with a user namespace
+
+            self._found = mapped_layers.find(engine)
+
+    def execute(self, plan: overlay.OverlayPlan) -> None:
+        if self._userns_fd < 0:
+            _execute(plan, fuse=self._is_fuse)
+            return
+        from clipshim.shim import idmap, mapped_layers  # only with a user namespace
+
+        containerds = mapped_layers.Attached(self._found, plan, self._userns_fd, self._directory)
+        with containerds, idmap.MappedLayers(plan.lowers, self._userns_fd):
+            _execute(plan, fuse=self._is_fuse)
 
 
 def _mount_own(

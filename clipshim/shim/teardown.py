@@ -37,7 +37,8 @@ def tear_down(
     `keep_upper` leaves what the container wrote and its state, for `restore`; `keep_directory`
     leaves the locked directory, for a create. Raises OSError if something stayed.
     """
-    unmount_all(f"{state.directory}/lower")
+    for name in ("lower", "layers"):
+        unmount_all(f"{state.directory}/{name}")
     if state.text("kind") == "own":
         unmount_all(f"{state.directory}/rootfs")
         if state.values.get("in_place"):
@@ -61,7 +62,7 @@ def forget(settings: "Settings", directory: str, *, keep_directory: bool = False
         settings.daemon_socket, {"op": "release", "container": os.path.basename(directory)}
     )
     trace("teardown-released")
-    for name in ("rootfs", "lower"):
+    for name in ("rootfs", "lower", "layers"):
         try:
             os.rmdir(f"{directory}/{name}")
         except FileNotFoundError:
