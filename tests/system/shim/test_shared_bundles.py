@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
@@ -42,18 +43,17 @@ def test_many_containers_of_one_bundle_at_once(
     path = bundle(["/bin/cat", "/proc/self/mountinfo"])
     config = json.loads((path / "config.json").read_text())
     config["root"]["path"] = "other root"
-    del config["linux"]["cgroupsPath"]  # each container has one of its own
+    del config["linux"]["cgroupsPath"]  # each container has one of its own, named as it is
+    ids = [f"{os.environ['CLIPSHIM_TEST_RUN']}-{number}" for number in range(32)]
     before = json.dumps(config, indent=3)
     (path / "config.json").write_text(before)
 
-    def run(number: int) -> str:
-        done = runtime("run", "-b", path, f"box{number}", check=False)
-        assert (done.returncode, done.stderr) == (0, ""), number
-        return done.stdout.splitlines()[0]
+    def run(container: str) -> str:
+        return runtime("run", "-b", path, container).stdout.splitlines()[0]
 
     with ThreadPoolExecutor(8) as pool:
-        for number, root in enumerate(pool.map(run, range(32))):
-            key = state.container_key(f"box{number}", str(runtime.root))
+        for container, root in zip(ids, pool.map(run, ids), strict=True):
+            key = state.container_key(container, str(runtime.root))
             assert f"upperdir={node.state_dir}/upper/{key}," in root
     assert (path / "config.json").read_text() == before
 
