@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from tests.support.node import Node
 
 RUNC = program("/usr/sbin/runc")
-NOTHING_SPECIAL = ["/bin/sh", "-c", "echo started"]
 
 
 class Runtime:
