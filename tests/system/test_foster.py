@@ -132,4 +132,4 @@ def test_the_foster_parent_ends_with_the_daemon(
 def test_a_daemon_that_a_person_starts_has_none(node: Node) -> None:
     node.clipshim("gc")  # starts one
     with open(f"/proc/{parent_of(keeper(node))}/cmdline", "rb") as file:
-        assert b"foster" not in file.read()
+        assert b"clipshim.node.foster" not in file.read()

@@ -19,19 +19,34 @@ if TYPE_CHECKING:
     from tests.support.runtimes import Runtime
 
 
+def own_cgroups(bundle: Path) -> str:
+    """Leaves it to each container to have a cgroup named as it is; the bundle's config.json.
+
+    runc 1.3 refuses to put a second container into the first one's cgroup.
+    """
+    config = json.loads((bundle / "config.json").read_text())
+    del config["linux"]["cgroupsPath"]
+    text = json.dumps(config)
+    (bundle / "config.json").write_text(text)
+    return text
+
+
+def ids(count: int) -> list[str]:
+    """IDs, and so names of cgroups, that no other run on this machine has."""
+    return [f"{os.environ['CLIPSHIM_TEST_RUN']}-{number}" for number in range(count)]
+
+
 def test_two_containers_of_one_bundle(
     node: Node, runtime: Runtime, bundle: Callable[..., Path]
 ) -> None:
     path = bundle(LOOP)
-    config = json.loads((path / "config.json").read_text())
-    del config["linux"]["cgroupsPath"]  # runc 1.3 refuses two containers in one cgroup
-    before = json.dumps(config)
-    (path / "config.json").write_text(before)
-    for name in ("one", "two"):
+    before = own_cgroups(path)
+    names = ids(2)
+    for name in names:
         runtime.quietly("create", "-b", path, name)
         key = state.container_key(name, str(runtime.root))
         assert (node.run_dir / key / "rootfs/bin").is_dir(), "a root of its own"
-    for name in ("one", "two"):
+    for name in names:
         runtime("delete", "--force", name)
     assert (path / "config.json").read_text() == before
 
@@ -41,10 +56,9 @@ def test_many_containers_of_one_bundle_at_once(
 ) -> None:
     """Each gets its own root, whoever rewrites config.json in the meantime."""
     path = bundle(["/bin/cat", "/proc/self/mountinfo"])
-    config = json.loads((path / "config.json").read_text())
+    config = json.loads(own_cgroups(path))
     config["root"]["path"] = "other root"
-    del config["linux"]["cgroupsPath"]  # each container has one of its own, named as it is
-    ids = [f"{os.environ['CLIPSHIM_TEST_RUN']}-{number}" for number in range(32)]
+    names = ids(32)
     before = json.dumps(config, indent=3)
     (path / "config.json").write_text(before)
 
@@ -52,7 +66,7 @@ def test_many_containers_of_one_bundle_at_once(
         return runtime("run", "-b", path, container).stdout.splitlines()[0]
 
     with ThreadPoolExecutor(8) as pool:
-        for container, root in zip(ids, pool.map(run, ids), strict=True):
+        for container, root in zip(names, pool.map(run, names), strict=True):
             key = state.container_key(container, str(runtime.root))
             assert f"upperdir={node.state_dir}/upper/{key}," in root
     assert (path / "config.json").read_text() == before
@@ -62,15 +76,17 @@ def test_a_container_that_runs_does_not_keep_the_next_one_waiting(
     runtime: Runtime, bundle: Callable[..., Path]
 ) -> None:
     path = bundle(LOOP)
+    own_cgroups(path)
+    one, two = ids(2)
     running = subprocess.Popen(
-        runtime.command("run", "-b", path, "one"),
+        runtime.command("run", "-b", path, one),
         env=runtime.env,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
     )
-    wait_for("it runs", lambda: runtime("exec", "one", "/bin/ls", "/ready", check=False).stdout)
-    runtime.quietly("create", "-b", path, "two")
+    wait_for("it runs", lambda: runtime("exec", one, "/bin/ls", "/ready", check=False).stdout)
+    runtime.quietly("create", "-b", path, two)
     assert running.poll() is None
-    for name in ("one", "two"):
+    for name in (one, two):
         runtime("delete", "--force", name)
     running.wait(timeout=60)

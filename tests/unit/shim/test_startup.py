@@ -28,9 +28,11 @@ ORDINARY_CREATE = {
     "clipshim.shim.trace",
     "clipshim.shim.verbs",
     "fcntl",
-    # os and what it needs; the rest of what it imports is there already
+    # os and what it needs; the rest of what it imports is there already, or most of it
+    "_abc",
     "_collections_abc",
     "_stat",
+    "abc",
     "errno",
     "genericpath",
     "os",
