@@ -4,6 +4,7 @@
  *   a verb of runc's that is not ours       execve(runc), arguments and environment untouched
  *   create, run, restore, delete, checkpoint python3 -I -S …/clipshim/shim/main.py
  *   hook, which OCI hooks call               the same
+ *   delete of a graft, as engines call it   the runtime as a child, then graft_delete.h
  *   a command of clipshim's own              python3 -I -m clipshim.cli
  *
  * It is in C because engines call the runtime four to six times a container, and for every health
@@ -87,7 +88,8 @@ static const char *flag_name(const char *word, size_t *length, bool *has_value)
 
 enum found { VERB, NOTHING, HELP, VERSION, UNKNOWN };
 
-static enum found find_verb(int argc, char **argv, int *index)
+/* Also finds the value of --root, if there is one. */
+static enum found find_verb(int argc, char **argv, int *index, const char **root)
 {
     enum found asked = NOTHING;
     for (*index = 1; *index < argc; ++*index) {
@@ -107,6 +109,8 @@ static enum found find_verb(int argc, char **argv, int *index)
         if (is_one_of(name, length, value_flags)) {
             if (!has_value && ++*index >= argc)
                 return UNKNOWN;
+            if (length == 4 && !strncmp(name, "root", 4))
+                *root = has_value ? name + length + 1 : argv[*index];
         } else if (is_one_of(name, length, help_flags)) {
             asked = has_value ? UNKNOWN : HELP;
         } else if (is_one_of(name, length, version_flags)) {
@@ -319,6 +323,8 @@ static bool may_be_recorded(const char *run_dir, char **words)
     return found;
 }
 
+#include "graft_delete.h"
+
 /* What a container may name an index with, as it stands in config.json. */
 static bool mentions_index(const char *config)
 {
@@ -521,14 +527,16 @@ int main(int argc, char **argv)
 {
     char self[PATH_MAX] = "", runtime[PATH_MAX] = "";
     struct config config;
+    struct graft graft;
     enum found found;
+    const char *root = NULL;
     int index;
     ssize_t length = readlink("/proc/self/exe", self, sizeof self - 1);
     if (length < 0 && !realpath(argv[0], self)) {
         fprintf(stderr, "clipshim: cannot find itself: %s\n", strerror(errno));
         return 1;
     }
-    found = find_verb(argc, argv, &index);
+    found = find_verb(argc, argv, &index, &root);
 #ifdef CLIPSHIM_LAUNCHER_TEST /* says what it would do: "VERB INDEX", or what it found instead */
     if (found == VERB)
         printf("%s %d\n", argv[index], index - 1);
@@ -552,6 +560,9 @@ int main(int argc, char **argv)
             python = !names_no_index(argv + index + 1);
         else if (is_one_of(verb, strlen(verb), recorded_verbs))
             python = may_be_recorded(config.run_dir, argv + index + 1);
+        if (python && !strcmp(verb, "delete") &&
+            find_graft(config.run_dir, runtime, root, argv + index + 1, &graft))
+            return delete_graft(config.run_dir, runtime, argv, &graft);
         if (python)
             run_python(self, runtime, argv, false);
         /* Engines get the runtime's answer alone; a person learns whose answer it is. */

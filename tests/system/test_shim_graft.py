@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from clipshim.mounts import mountinfo, overlay, syscalls
-from clipshim.shim import trace
+from clipshim.shim import state, trace
 from tests.support import images
 from tests.support.node import Node, wait_for
 from tests.support.runtimes import Runtime, write_bundle
@@ -134,6 +134,31 @@ def test_a_graft_shows_all_layers_and_writes_into_the_engines_upper(
     (mount,) = engine.mounts()
     subprocess.run(["umount", engine.merged], check=True)
     assert engine.mounts() == []
+
+
+def test_delete_of_a_graft_needs_no_python(
+    engine: Engine, runtime: Runtime, node: Node, tmp_path: Path
+) -> None:
+    engine.mount("index=off")
+    engine.write_bundle("while :; do sleep 0.1; done")
+    runtime.quietly("run", "--detach", "-b", engine.bundle, "box")
+    key = state.container_key("box", str(runtime.root))
+    alone = tmp_path / "alone" / "clipshim"  # no python3 beside it
+    alone.parent.mkdir()
+    program = runtime.program
+    shutil.copy(program, alone)
+    runtime.program = alone
+    assert runtime("delete", "box", check=False).returncode == 1, "it is running"
+    assert (node.run_dir / key / "state.json").exists()
+    assert node.call("status")["images"][0]["containers"] == 1
+    runtime("kill", "box", "KILL")
+    wait_for("it stops", lambda: runtime.status("box") == "stopped")
+    runtime("delete", "box")
+    assert not (node.run_dir / key).exists()
+    wait_for("it is released", lambda: not node.call("status")["images"][0]["containers"])
+    again = runtime("delete", "box", check=False)
+    assert (again.returncode, "does not exist" in again.stderr) == (1, True)
+    runtime.program = program
 
 
 def test_a_restart_on_the_same_upper_directory(engine: Engine, runtime: Runtime) -> None:
