@@ -1,10 +1,11 @@
 """Fetches ahead of readers, and fetches images whole: what, when and for whom.
 
 How is lazy/prefetch.py's and lazy/full_check.py's. Profiles are learned from starts
-(start_watch.py), or come with an index.
+(start_watch.py), or come with an index; without one there is a guess (lazy/first_reads.py).
 """
 
 import logging
+import mmap
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
@@ -12,14 +13,16 @@ from typing import Any
 import trio
 
 from clipshim.errors import ClipError, NotFoundError
+from clipshim.index.erofs_read import ErofsImage
 from clipshim.index.model import Index, open_index
+from clipshim.lazy.first_reads import first_spans
 from clipshim.lazy.full_check import complete_layer
 from clipshim.lazy.layer_reader import LayerReader
 from clipshim.lazy.prefetch import everything, prefetch
 from clipshim.lazy.profile import load_profile, parse_entries, record_start, within
 from clipshim.node.layer_directory import LayerDirectory
 from clipshim.node.start_watch import Touches
-from clipshim.node.tree_records import TreeRecord
+from clipshim.node.tree_records import TreeRecord, TreeRecords
 from clipshim.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -92,12 +95,21 @@ class Prefetching:
             return learned.spans
         with await trio.to_thread.run_sync(open_index, index_path) as index:
             if index.profile is None:
-                return []
+                return await trio.to_thread.run_sync(self._guess, index)
             try:
                 return parse_entries(index.profile)
             except ValueError as exc:
                 log.warning("index of %s: profile: %s", index.reference, exc)
                 return []
+
+    def _guess(self, index: Index) -> Touches:
+        tables = [index.span_table(position) for position in range(len(index.layers))]
+        path = TreeRecords(self._settings.state_dir).tree_path(index.image_id)
+        with (
+            open(path, "rb") as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as tree,
+        ):
+            return first_spans(ErofsImage(tree), index.config, tables)
 
     @asynccontextmanager
     async def _opened(self, keys: list[str | None]) -> AsyncIterator[list[LayerReader | None]]:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.support import images
 from tests.support.node import wait_for
 from tests.system import node_trees
 
@@ -343,6 +344,18 @@ def test_a_start_is_learned_and_fetched_ahead_the_next_time(
         return int(fetch["ahead_spans"]) >= len(spans)
 
     wait_for("the profile's spans are fetched", fetched_ahead)
+
+
+def test_the_first_start_of_an_image_begins_with_a_guess(make_node: Callable[..., Node]) -> None:
+    node = make_node()
+    node.start()
+    clip = node_trees.index(node, images.tiny_image().reference)
+    node_trees.mount(node, clip, "c1")
+
+    def fetched_ahead() -> bool:
+        return bool(node.call("status")["fetch"]["ahead_spans"])
+
+    wait_for("the program's first span is fetched", fetched_ahead)
 
 
 def test_collection_forgets_what_was_learned_of_images_that_are_gone(node: Node) -> None:
