@@ -72,6 +72,7 @@ class Transport:
         self.statistics = Statistics()
         self.health = ServerHealth()
         self._lock = threading.Lock()
+        self._making = threading.Lock()
         self._noted: dict[tuple[str, str], float] = {}  # when to log a server's trouble again
         self._pools: dict[object, urllib3.PoolManager] = {}
         self._endpoints: dict[str, tuple[float, tuple[Endpoint, ...]]] = {}
@@ -427,9 +428,14 @@ class Transport:
             pool = self._pools.get(key)
         if pool is not None:
             return pool
-        made = self._make_pool(endpoint, proxy)
-        with self._lock:
-            return self._pools.setdefault(key, made)
+        with self._making:  # reading all certificates takes 20 ms, and many may ask at first
+            with self._lock:
+                pool = self._pools.get(key)
+            if pool is None:
+                pool = self._make_pool(endpoint, proxy)
+                with self._lock:
+                    self._pools[key] = pool
+        return pool
 
     def _make_pool(self, endpoint: Endpoint | None, proxy: str | None) -> urllib3.PoolManager:
         context = ssl.create_default_context()

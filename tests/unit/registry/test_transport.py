@@ -276,3 +276,32 @@ def test_the_servers_of_many_registries_are_not_all_remembered(
         (endpoint,) = access.transport.endpoints(parse_reference(f"r{number}.example/a"), "pull")
         assert endpoint.host == f"r{number}.example"
     assert len(access.transport._endpoints) <= 5
+
+
+def test_certificates_are_read_once_however_many_ask_at_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    contexts = []
+    make = ssl.create_default_context
+
+    def slowly() -> ssl.SSLContext:
+        contexts.append(make())
+        for _ in range(1000):  # lets the other threads run, if they can
+            time.sleep(0)
+        return contexts[-1]
+
+    monkeypatch.setattr(ssl, "create_default_context", slowly)
+    with Server() as server:
+        access = RegistryAccess()
+        reference = parse_reference(f"{server.host}/a:1")
+        threads = [
+            threading.Thread(target=fetch_manifest, args=(access, reference)) for _ in range(8)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        access.transport.close()
+
+    assert len(server.seen) == 8
+    assert len(contexts) == 1
