@@ -4,7 +4,8 @@
 
 Warm: against bare runc on an unpacked copy of the same image. Cold: the whole way until a program
 that imports json, asyncio and http.client has ended, with an empty store and no daemon, against
-pull, unpack and run; a first time, and again with the profile that the first start left.
+pull, unpack and run; a first time, and again with the profile that the first start left. Cold also
+with a large image, of which such a program needs little, unless --quick.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from common import (
     index_of,
     print_against,
     print_table,
+    pushed_and_indexed,
     seconds,
     status,
     verdict,
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
 SLEEP = ["sleep", "100000"]
 CREATE_MS = 25
 FETCHED = {"without a profile": 0.10, "with a profile": 0.06}
+LARGE_RUNS = 3  # each pulls and unpacks 300 MB
 _NUMBERS = itertools.count()
 
 
@@ -133,9 +136,10 @@ class LazyRuns:
         return taken
 
 
-def cold(root: Path, debian: images.Image, reference: str, clip: Path, runs: int) -> None:
+def cold(root: Path, image: images.Image, reference: str, clip: Path, runs: int) -> None:
     """Everything from nothing to the end of the program."""
-    runc = Runtime.runc(root / "runc-cold")
+    root.mkdir()
+    runc = Runtime.runc(root / "runc")
     contenders = {"pull, unpack, run": lambda: pulled_and_run(runc, reference, root / "pull")}
     lazy = {mode: LazyRuns(root, mode, clip) for mode in MODES}
     for mode, starts in lazy.items():
@@ -144,8 +148,8 @@ def cold(root: Path, debian: images.Image, reference: str, clip: Path, runs: int
                 name
             )
     medians = in_turns(contenders, runs, warm_up=0)
-    print_against("cold image, until python has run", medians)
-    size = debian.compressed_size
+    size = image.compressed_size
+    print_against(f"cold image of {size / 1e6:.0f} MB, until python has run", medians)
     rows = []
     for mode, starts in lazy.items():
         for name, budget in FETCHED.items():
@@ -162,18 +166,29 @@ def cold(root: Path, debian: images.Image, reference: str, clip: Path, runs: int
     )
 
 
+def describe(image: images.Image, clip: Path) -> None:
+    """Prints the sizes of an image and its index."""
+    size, index = image.compressed_size, clip.stat().st_size
+    print(
+        f"\nimage of {size / 1e6:.1f} MB compressed, index {index / 1e3:.0f} kB: {index / size:.2%}"
+    )
+
+
 def main() -> None:
     """Measures and prints."""
     options = Options(__doc__, runs=40, quick=10)
     with bench_root() as root, running_registry(root / "registry") as registry:
         with Node(root / "indexer") as indexer:
             debian, reference, clip = index_of(root, registry, indexer)
-        print(
-            f"image {debian.compressed_size / 1e6:.1f} MB compressed, "
-            f"index {clip.stat().st_size / 1e3:.0f} kB"
-        )
+        describe(debian, clip)
         warm(root, debian, clip, options.runs)
-        cold(root, debian, reference, clip, options.few)
+        cold(root / "small", debian, reference, clip, options.few)
+        if not options.quick:
+            large = images.large_image()
+            with Node(root / "large-indexer") as indexer:
+                reference, clip = pushed_and_indexed(root, registry, indexer, large, "large")
+            describe(large, clip)
+            cold(root / "large", large, reference, clip, min(options.few, LARGE_RUNS))
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ class Options:
         found = parser.parse_args()
         self.runs: int = found.runs or (quick if found.quick else runs)
         self.few: int = max(2, self.runs // 5)  # of what takes seconds
+        self.quick: bool = found.quick
 
 
 @contextlib.contextmanager
@@ -71,11 +72,18 @@ def bench_root() -> Iterator[Path]:
 def index_of(root: Path, registry: TestRegistry, node: Node) -> tuple[images.Image, str, Path]:
     """The Debian image, its name in the registry, and its index in a directory of its own."""
     debian = images.debian_image()
-    reference = registry.push_layout(debian.layout, "debian:bench", tag=images.TAG)
-    clip = root / "indexes" / "debian.clip"
-    clip.parent.mkdir()
+    return debian, *pushed_and_indexed(root, registry, node, debian, "debian")
+
+
+def pushed_and_indexed(
+    root: Path, registry: TestRegistry, node: Node, image: images.Image, name: str
+) -> tuple[str, Path]:
+    """An image's name in the registry, and its index."""
+    reference = registry.push_layout(image.layout, f"{name}:bench", tag=images.TAG)
+    clip = root / "indexes" / f"{name}.clip"
+    clip.parent.mkdir(exist_ok=True)
     node.clipshim("index", reference, clip)
-    return debian, reference, clip
+    return reference, clip
 
 
 def shell(command: str, directory: Path) -> None:

@@ -28,6 +28,13 @@ if TYPE_CHECKING:
 CACHE = Path("/var/cache/clipshim-tests")
 SUITE = "bookworm"
 PACKAGES = "python3,libcap2-bin,busybox-static,netbase"
+# What people install who build and run things in one image.
+LARGE_PACKAGES = (
+    f"{PACKAGES},build-essential,ca-certificates,cmake,curl,default-libmysqlclient-dev,file,git"
+    ",imagemagick,libcurl4-openssl-dev,libffi-dev,libpq-dev,libssl-dev,libxml2-dev,libxslt1-dev"
+    ",openssh-client,perl,pkg-config,procps,python3-dev,python3-pip,python3-venv,rsync,sqlite3"
+    ",subversion,unzip,vim,wget,zlib1g-dev"
+)
 # Times later than this are set to it. Packages are older: times of Python sources must stay, or
 # the compiled modules beside them are stale and every start writes them again.
 EPOCH = 1_780_000_000
@@ -134,20 +141,20 @@ def _mirror() -> list[str]:
     return [line.split()[1] for line in targets.splitlines() if line.split()[0] == SUITE][:1]
 
 
-def debian_root() -> Path:
+def debian_root(packages: str = PACKAGES) -> Path:
     """The directory of a Debian root, read-only for the tests."""
-    with _built_once(f"root-{_recipe(SUITE, PACKAGES)}") as (final, draft):
+    with _built_once(f"root-{_recipe(SUITE, packages)}") as (final, draft):
         if draft is not None:
             for attempt in range(1, 6):
                 try:
                     run(
                         "debootstrap",
                         "--variant=minbase",
-                        f"--include={PACKAGES}",
+                        f"--include={packages}",
                         SUITE,
                         draft / "root",
                         *_mirror(),
-                        timeout=600,
+                        timeout=1200,
                     )
                     break
                 except (RuntimeError, subprocess.TimeoutExpired):
@@ -197,15 +204,18 @@ def _is_python(path: str) -> bool:
     return path.startswith(("./usr/lib/python3", "./usr/bin/python3", "./usr/share/python3"))
 
 
-def _tar_root(root: Path, work: Path) -> list[Path]:
-    """Layers 1 and 2: the system, and python3 on top."""
-    system, python = ["."], ["./usr", "./usr/bin", "./usr/lib", "./usr/share"]
+def _tar_root(root: Path, work: Path, base: Path | None = None) -> list[Path]:
+    """Layers 1 and 2: the system, and python3 on top; 3: what is not in `base`, if it is given."""
+    system, python, rest = ["."], ["./usr", "./usr/bin", "./usr/lib", "./usr/share"], []
     for directory, directories, files in os.walk(root):
         for name in sorted(directories + files):
             path = f"./{os.path.relpath(os.path.join(directory, name), root)}"
-            (python if _is_python(path) else system).append(path)
+            if base is not None and not os.path.lexists(base / path):
+                rest.append(path)
+            else:
+                (python if _is_python(path) else system).append(path)
     layers = []
-    for number, paths in enumerate((system, python), 1):
+    for number, paths in enumerate(filter(None, (system, python, rest)), 1):
         listing = work / f"list{number}"
         listing.write_bytes(b"\0".join(os.fsencode(path) for path in sorted(paths)) + b"\0")
         _tar(work / f"{number}.tar", root, "--no-recursion", "--null", f"--files-from={listing}")
@@ -361,6 +371,19 @@ def debian_image(variant: str = "gzip") -> Image:
             write_layout(draft / "oci", _layer_tars(work), variant, config)
             shutil.rmtree(work)
     return Image(final / "oci", variant)
+
+
+def large_image() -> Image:
+    """A Debian with what people build with, in three layers: the system, python3, the rest."""
+    base, root = debian_root(), debian_root(LARGE_PACKAGES)
+    with _built_once(f"large-{_recipe(base.parent.name, root.parent.name)}") as (final, draft):
+        if draft is not None:
+            work = draft / "work"
+            work.mkdir()
+            config = {"Env": ["PATH=/usr/sbin:/usr/bin:/sbin:/bin"], "Cmd": ["/usr/bin/python3"]}
+            write_layout(draft / "oci", _tar_root(root, work, base), "gzip", config)
+            shutil.rmtree(work)
+    return Image(final / "oci", "gzip")
 
 
 def tiny_image(command: str = "sh") -> Image:
