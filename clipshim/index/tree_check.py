@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 MAX_INODES = 4_000_000
 MAX_LINK_TARGET = 4095
+_MAX_LINKS = 40  # linux/namei.h MAXSYMLINKS
 _S_IFIFO = 0o1
 
 
@@ -51,7 +52,7 @@ class TreeFacts:
     inodes: int = 0
     has_proc: bool = False
     has_usr: bool = False
-    top_symlinks: dict[bytes, bytes] = field(default_factory=dict)
+    top_symlinks: dict[bytes, bytes] = field(default_factory=dict)  # that lead to something
     total_bytes: int = 0  # of all regular files, each once
 
 
@@ -68,6 +69,43 @@ def sound_tree(index: "Index") -> ErofsImage:
     image = ErofsImage(index.tree())
     check_tree(image, [layer.size for layer in index.layers])
     return image
+
+
+def leads_somewhere(image: ErofsImage, path: bytes) -> bool:
+    """Whether a path from the root of a sound tree exists, links followed as in a chroot.
+
+    Images may hold links that dangle: to what is mounted later, or to a kernel that is not there.
+    """
+    trail = [image.root_nid]
+    parts = path.split(b"/")[::-1]
+    followed = 0
+    is_directory = True
+    while parts:
+        part = parts.pop()
+        if not is_directory:  # a slash behind the name of a file is an error too
+            return False
+        if part in (b"", b"."):
+            continue
+        if part == b"..":
+            if len(trail) > 1:
+                trail.pop()
+            continue
+        nid = image.lookup(trail[-1], part)
+        if nid is None:
+            return False
+        kind = image.inode(nid)[1] >> 12
+        if kind == S_IFLNK:
+            followed += 1
+            if followed > _MAX_LINKS:
+                return False
+            target = image.readlink(nid)
+            if target.startswith(b"/"):
+                del trail[1:]
+            parts += target.split(b"/")[::-1]
+            continue
+        is_directory = kind == S_IFDIR
+        trail.append(nid)
+    return True
 
 
 class _Check:
@@ -102,6 +140,11 @@ class _Check:
         facts.inodes = len(self._directories) + len(self._names)
         if facts.inodes != image.inode_count:
             raise IndexFormatError(f"tree: expected {image.inode_count} inodes, got {facts.inodes}")
+        facts.top_symlinks = {
+            name: target
+            for name, target in facts.top_symlinks.items()
+            if leads_somewhere(image, name)
+        }
         return facts
 
     def _directory(

@@ -16,8 +16,13 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
-def verify_tree(path: str, expected_device: int) -> None:
-    """Checks that the directory `path` is the tree itself and not what lies beneath its mount."""
+def verify_tree(
+    path: str, expected_device: int, top_symlinks: "Mapping[str, str] | None" = None
+) -> None:
+    """Checks that the directory `path` is the tree itself and not what lies beneath its mount.
+
+    `top_symlinks` are links at its top that lead to something in it.
+    """
     root_fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         found = os.fstat(root_fd).st_dev
@@ -31,6 +36,8 @@ def verify_tree(path: str, expected_device: int) -> None:
                 _verify_directory(root_fd, f"tree {path}", name, min_links=2)
             except FileNotFoundError:
                 continue  # missing directories are verify_rootfs's to judge
+        for name, target in (top_symlinks or {}).items():
+            _verify_link(root_fd, f"tree {path}", name, target)
     finally:
         os.close(root_fd)
 
@@ -65,7 +72,12 @@ def verify_rootfs(
                     f"rootfs {path}: /proc: expected a directory, found nothing",
                     hint="the root is read-only, so that it cannot be created",
                 ) from None
-            os.mkdir("proc", 0o555, dir_fd=root_fd)
+            try:
+                os.mkdir("proc", 0o555, dir_fd=root_fd)
+            except FileExistsError:
+                raise VerifyError(
+                    f"rootfs {path}: /proc: expected a directory, found a link that leads nowhere"
+                ) from None
             _verify_directory(root_fd, where, "/proc", min_links=links)
         if has_usr:
             try:
@@ -75,7 +87,7 @@ def verify_rootfs(
                     f"rootfs {path}: /usr: expected a directory, found nothing"
                 ) from None
         for name, target in top_symlinks.items():
-            _verify_link(root_fd, path, name, target)
+            _verify_link(root_fd, where, name, target)
     finally:
         os.close(root_fd)
 
@@ -113,7 +125,7 @@ def _verify_directory(root_fd: int, where: str, name: str, *, min_links: int) ->
         )
 
 
-def _verify_link(root_fd: int, path: str, name: str, target: str) -> None:
+def _verify_link(root_fd: int, where: str, name: str, target: str) -> None:
     """Checks a link at the top of the image whose target the image has (`bin -> usr/bin`)."""
     try:
         found = os.readlink(name, dir_fd=root_fd)
@@ -125,5 +137,5 @@ def _verify_link(root_fd: int, path: str, name: str, target: str) -> None:
         os.close(safe_paths.open_in_root(root_fd, name))
     except OSError as exc:
         raise VerifyError(
-            f"rootfs {path}: /{name} -> {target}: expected the target, found none: {exc}"
+            f"{where}: /{name} -> {target}: expected the target, found none: {exc}"
         ) from exc

@@ -27,7 +27,7 @@ from clipshim.registry.references import canonical_image
 from clipshim.settings import Settings
 
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
-FACTS_VERSION = 1
+FACTS_VERSION = 2  # 1 counted links that dangle among the top ones
 COPY_BYTES = 1 << 20
 MAX_INDEX_BYTES = 1 << 40  # a self-contained index is as large as its image
 

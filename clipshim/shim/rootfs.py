@@ -118,7 +118,10 @@ def mount_rootfs(
             idmap.map_owners(tree.fd, userns_fd)
         with _Attached(tree.fd, lower):
             trace("create-attached")
-            verify.verify_tree(lower, expected_device)
+            # what lies above the tree, once somebody has written there, may lack a link's target
+            untouched = engine is None and not reuse_upper and not state.values.get("lowers")
+            links = tree.top_symlinks
+            verify.verify_tree(lower, expected_device, {} if untouched else links)
             if engine is not None:
                 target = _mount_graft(engine, lower, undo, userns_fd)
             else:
@@ -126,7 +129,7 @@ def mount_rootfs(
         trace("create-mounted")
     except OSError as exc:
         raise MountError(f"container {state.text('id')}: {exc}") from exc
-    _verify(settings, state, tree, target, engine)
+    _verify(settings, tree, target, engine, links if untouched else {})
     trace("create-verified")
     return target
 
@@ -287,10 +290,10 @@ def _execute(plan: overlay.OverlayPlan, *, fuse: bool) -> None:
 
 def _verify(
     settings: "Settings",
-    state: "ContainerState",
     tree: Tree,
     target: str,
     engine: "graft.EngineOverlay | None",
+    top_symlinks: "dict[str, str]",
 ) -> None:
     fuse = engine.is_fuse if engine is not None else settings.overlay == "fuse-overlayfs"
     try:
@@ -298,7 +301,7 @@ def _verify(
             target,
             fstype=_FUSE_OVERLAYFS if fuse else "overlay",
             has_usr=tree.has_usr,
-            top_symlinks=tree.top_symlinks,
+            top_symlinks=top_symlinks,
             readonly=engine is not None and (not engine.upper or "ro" in engine.mount_options),
         )
     except OSError as exc:

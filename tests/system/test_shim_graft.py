@@ -16,7 +16,7 @@ import pytest
 
 from clipshim.mounts import mountinfo, overlay, syscalls
 from clipshim.shim import state, trace
-from tests.support import images
+from tests.support import images, small_images
 from tests.support.node import Node, wait_for
 from tests.support.runtimes import Runtime, write_bundle
 
@@ -169,6 +169,25 @@ def test_a_restart_on_the_same_upper_directory(engine: Engine, runtime: Runtime)
         assert done.stdout == expected + "passwd\n"
         engine.close()
         shutil.rmtree(engine.work / "work/incompat", ignore_errors=True)
+
+
+def test_a_restart_without_the_target_of_a_link_of_the_image(
+    node: Node, engine: Engine, runtime: Runtime, tmp_path: Path
+) -> None:
+    files: dict[str, bytes | str] = {"data": "srv/data", "srv/": b"", "srv/data/": b""}
+    layers = [
+        small_images.busybox_layer(tmp_path / "1.tar"),
+        small_images.layer(tmp_path / "2.tar", files),
+    ]
+    made = small_images.image(tmp_path / "oci", layers)
+    stub = engine.storage / "stub/diff/.clip/index.clip"
+    node.clipshim("index", made.reference, stub, "--embed", "--quiet")
+    for expected in ("/data/.\n", "gone\n"):
+        engine.mount()
+        engine.write_bundle("ls -d /data/. 2>/dev/null || echo gone; rmdir /srv/data 2>/dev/null")
+        done = runtime("run", "-b", engine.bundle, "box", check=False)
+        assert (done.stdout, done.stderr) == (expected, "")
+        engine.close()
 
 
 def test_many_layers(engine: Engine, runtime: Runtime) -> None:

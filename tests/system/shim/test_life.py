@@ -12,11 +12,11 @@ import pytest
 
 from clipshim.mounts import erofs
 from clipshim.shim import state
-from tests.support import images
+from tests.support import images, small_images
 from tests.support.node import CLIPSHIM, Node, wait_for
 from tests.support.runtimes import Runtime, write_bundle
 from tests.support.skips import kernel_cannot
-from tests.system.shim.containers import LOOP, assert_clean
+from tests.system.shim.containers import INDEX, LOOP, assert_clean
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -127,6 +127,29 @@ def test_both_modes(
         name, *links = done.stdout.split()
         assert name == "/bin/busybox"
         assert all(int(count) >= 2 for count in links)
+    assert_clean(node)
+
+
+def test_links_of_the_image_may_dangle_and_their_targets_go(
+    node: Node, runtime: Runtime, tmp_path: Path
+) -> None:
+    """As in an engine: only what the image itself has must be there, and only at the start."""
+    layers = [
+        small_images.busybox_layer(tmp_path / "1.tar"),
+        small_images.layer(
+            tmp_path / "2.tar",
+            {"vmlinuz": "boot/vmlinuz-6.1", "log": "/run/log", "self": "self", "data": "srv/data",
+             "srv/": b"", "srv/data/": b""},
+        ),
+    ]  # fmt: skip
+    made = small_images.image(tmp_path / "oci", layers)
+    path = write_bundle(
+        tmp_path / "bundle",
+        ["/bin/sh", "-c", "ls -d /data/. && rmdir /srv/data"],
+        annotations=INDEX,
+    )
+    node.clipshim("index", made.reference, path / "index.clip", "--embed", "--quiet")
+    assert runtime("run", "-b", path, "box").stdout == "/data/.\n"
     assert_clean(node)
 
 
