@@ -1,5 +1,7 @@
 """Holds of trees that no container has: mounts by hand, kept in <run_dir>/hand-mounts.json."""
 
+import contextlib
+import errno
 import json
 import os
 
@@ -21,16 +23,27 @@ class HandMounts:
 
     def add(self, hold: str, image_id: str) -> None:
         """Remembers a hold."""
-        self._write(self.all() | {hold: image_id})
+        self._write(self.all() | {hold: image_id}, adds=True)
 
     def remove(self, hold: str) -> None:
         """Forgets a hold; unknown ones are fine."""
         holds = self.all()
         if holds.pop(hold, None) is not None:
-            self._write(holds)
+            self._write(holds, adds=False)
 
-    def _write(self, holds: dict[str, str]) -> None:
+    def _write(self, holds: dict[str, str], *, adds: bool) -> None:
+        text = json.dumps(holds)
         temporary = f"{self._path}.new"
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(holds, file)
-        os.rename(temporary, self._path)
+        try:
+            with open(temporary, "w", encoding="utf-8") as file:
+                file.write(text)
+            os.rename(temporary, self._path)
+        except OSError as exc:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            if exc.errno not in (errno.ENOSPC, errno.EDQUOT) or adds:
+                raise
+            # what is taken away must go, or its tree would stay: it fits where the longer text is
+            with open(self._path, "r+", encoding="utf-8") as file:
+                file.write(text)
+                file.truncate()

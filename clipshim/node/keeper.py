@@ -29,7 +29,7 @@ from clipshim.node.control import close_all
 from clipshim.node.keeper_loop import Keeper, mount_layers, note_early_signals, unmount_all
 from clipshim.node.keeper_state import STATE_NAME, KeeperState, new_generation, read_state
 from clipshim.node.kept_settings import keep, settings_of_daemon
-from clipshim.node.processes import raise_limits
+from clipshim.node.processes import ProcessId, raise_limits
 from clipshim.settings import CONFIG_ENV, Settings
 
 log = logging.getLogger("clipshim.node.keeper")
@@ -107,9 +107,14 @@ def start_fresh(settings: Settings) -> Keeper | None:
 def adopt(settings: Settings, text: str) -> Keeper:
     """A keeper in the place of one that died or executed itself anew."""
     raw = json.loads(text)
+    known = raw.get("known")  # who started us knows better than a file on a disk that was full
     state = read_state(settings.run_dir)
     if state is None:
-        raise DaemonError(f"{settings.run_dir}/{STATE_NAME}: missing or damaged")
+        if known is None:
+            raise DaemonError(f"{settings.run_dir}/{STATE_NAME}: missing or damaged")
+        state = KeeperState(known["generation"])
+    if known is not None:
+        state.generation, state.server = known["generation"], ProcessId(*known["server"])
     tree_fds = {image_id: int(fd) for image_id, fd in raw["trees"].items()}
     for fd in (raw["listener"], raw["layers"], raw["lock"], *tree_fds.values()):
         if fd >= 0:

@@ -18,6 +18,7 @@ from clipshim.node.control import (
     send_message,
 )
 from clipshim.node.keeper_loop import keeper_command
+from clipshim.node.processes import ProcessId
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -35,10 +36,12 @@ class KeeperLink:
         control_fd: int,
         spare: dict[str, int],
         trees: dict[str, int],
+        generation: str,
     ) -> None:
         self._socket = self._prepared(socket.socket(fileno=control_fd))
         self._spare = spare  # listener, layers, lock
         self.trees = trees  # image ID -> FUSE connection
+        self._generation = generation
         self.on_order: Callable[[Message], Awaitable[None]] = _ignore
         self._turn = trio.Lock()
         self._answers: dict[int, tuple[Message, list[int]]] = {}
@@ -89,7 +92,8 @@ class KeeperLink:
         except OSError as exc:
             await self._try_later(exc)
             return
-        adoption = {"control": theirs.fileno(), "trees": self.trees} | self._spare
+        known = {"generation": self._generation, "server": ProcessId.of(os.getpid())}
+        adoption = {"control": theirs.fileno(), "trees": self.trees, "known": known} | self._spare
         held = [*self._spare.values(), *self.trees.values()]
         fds = [theirs.fileno(), *(fd for fd in held if fd >= 0)]
         with theirs:

@@ -285,6 +285,10 @@ class Keeper:
         config = dict(message["config"]) | {"no_opendir": no_opendir}
         self.state.trees[image_id] = TreeState(target, config)
         self.trees[image_id] = Child(image_id)
+        if not self.write_state():  # the next keeper would not know of it
+            self._unmount_tree(image_id)
+            self._drop_tree(image_id)
+            raise DaemonError(f"{STATE_NAME} cannot be written: see the daemon's log")
         sd_notify.store_fd(f"tree-{image_id}", fd)
         fuse_connection.set_readahead(target, READAHEAD_KIB)
         self.start_tree(image_id)

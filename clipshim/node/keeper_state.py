@@ -7,6 +7,7 @@ The generation names one FUSE connection of layers: it changes exactly when that
 Written by the keeper only, replaced atomically. Standard library only.
 """
 
+import contextlib
 import json
 import os
 from typing import Any
@@ -75,9 +76,14 @@ def write_state(run_dir: str, state: KeeperState) -> None:
         },
     }
     temporary = f"{run_dir}/.{STATE_NAME}.{os.getpid()}"
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(document, file)
-    os.replace(temporary, f"{run_dir}/{STATE_NAME}")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            json.dump(document, file)
+        os.replace(temporary, f"{run_dir}/{STATE_NAME}")
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
 
 
 def _process(raw: Any) -> ProcessId | None:

@@ -35,7 +35,7 @@ async def run(settings: Settings, arguments: str) -> None:
     fds, tree_fds, generation, restarts = ServerArguments.parse(arguments)
     async with trio.open_nursery() as nursery:
         spare = {name: fds[name] for name in ("listener", "layers", "lock")}
-        keeper = KeeperLink(fds["control"], spare, dict(tree_fds))
+        keeper = KeeperLink(fds["control"], spare, dict(tree_fds), generation)
         life = ServerLife(keeper, nursery.cancel_scope)
         keeper.on_order = life.on_order
         node = Node(settings, nursery, keeper, generation, restarts)

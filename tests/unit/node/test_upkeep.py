@@ -132,7 +132,7 @@ def test_an_answer_that_comes_too_late_leaves_no_descriptor(
     ours, keeper = control_pair()
 
     async def main() -> None:
-        link = KeeperLink(ours.detach(), {}, {})
+        link = KeeperLink(ours.detach(), {}, {}, "g")
         async with trio.open_nursery() as nursery:
             nursery.start_soon(link.run)
             with pytest.raises(DaemonError, match="no answer"):
