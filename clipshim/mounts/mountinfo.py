@@ -103,6 +103,22 @@ def mount_at(path: str) -> "Mount | None":
     return Mount(found) if found else None
 
 
+def is_mount_point(path: str) -> bool:
+    """Whether something is mounted at `path`, at a cost that other mounts do not add to.
+
+    Does not ask the file system that is mounted there. Raises OSError if there is no directory.
+    """
+    here = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        parent = os.open(os.path.dirname(path), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            return mount_id_of_fd(here) != mount_id_of_fd(parent)
+        finally:
+            os.close(parent)
+    finally:
+        os.close(here)
+
+
 def mounts_beneath(path: str, mounts: "list[Mount] | None" = None) -> list[Mount]:
     """Mounts at `path` and below it, in the order of mountinfo."""
     inside = path.rstrip("/") + "/"

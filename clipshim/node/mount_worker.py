@@ -70,7 +70,7 @@ class Worker:
             case "mount_bind":
                 self._bind(request["source"], request["target"])
             case "clone":
-                if mountinfo.mount_at(request["target"]) is None:
+                if not mountinfo.is_mount_point(request["target"]):
                     raise FileNotFoundError(f"{request['target']}: nothing is mounted there")
                 reply_fds.append(
                     syscalls.open_tree(

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from clipshim.mounts import mountinfo
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 LINE = (
     rb"36 35 98:0 /mnt1 /mnt/a\040b rw,noatime shared:1 master:2 - ext3 /dev/ro\134ot "
@@ -75,3 +79,13 @@ def test_the_topmost_of_stacked_mounts_counts(monkeypatch: pytest.MonkeyPatch) -
     mounts = mountinfo.read_mounts()
     assert mountinfo.mounts_beneath("/x", mounts) == mounts[:2]
     assert mountinfo.mounts_beneath("/", mounts) == mounts
+
+
+def test_a_mount_point_is_told_from_a_directory(tmp_path: Path) -> None:
+    assert mountinfo.is_mount_point("/proc")
+    assert not mountinfo.is_mount_point("/proc/self/fd")
+    assert not mountinfo.is_mount_point(str(tmp_path))
+    (tmp_path / "link").symlink_to("/proc")
+    for name in ("link", "missing"):
+        with pytest.raises(OSError, match=name):
+            mountinfo.is_mount_point(str(tmp_path / name))
