@@ -92,6 +92,10 @@ class LayerReader:
         self._sources.append(source)
         self._denied = None
 
+    def foretell(self, spans: Iterable[int]) -> None:
+        """A profile says that these spans will be read; its prefetch fetches them."""
+        self._readahead.foretell(spans)
+
     @property
     def is_busy(self) -> bool:
         """Whether something is being fetched, for readers or ahead of them."""

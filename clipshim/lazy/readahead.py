@@ -8,9 +8,16 @@ so that what is fetched in vain stays in proportion. An isolated read costs no m
 Beside the streams there are neighbourhoods: files that are used together were packed together, as
 the modules of a language are, and a program that starts asks for them in an order that nobody can
 foresee, one after the other. Once a good part of a neighbourhood has been read, the rest comes too.
+
+Reads that a profile foretold teach nothing: it knows what else will be read.
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 STREAMS = 8
 LONGEST = 32
@@ -46,13 +53,20 @@ class Readahead:
     def __init__(self, spans: int) -> None:
         self._spans = spans
         self._read = bytearray(spans)  # 1 for each span that was read
+        self._foretold: set[int] = set()
         self._streams: list[_Stream] = []  # least recently used first
+
+    def foretell(self, spans: Iterable[int]) -> None:
+        """These spans will be read, and are fetched by somebody who knows it."""
+        self._foretold.update(spans)
 
     def advance(self, first: int, last: int, offset: int, size: int) -> list[int]:
         """Notes a read of `size` bytes in the spans `first` to `last`; returns what to fetch ahead.
 
         Spans that were read or asked for before may be among it.
         """
+        if first in self._foretold and last in self._foretold:
+            return []
         ahead = list(self._advance_stream(first, last, offset, size))
         for span in range(first, last + 1):
             if not self._read[span]:

@@ -72,7 +72,7 @@ class Prefetching:
     async def _run(self, record: TreeRecord, index_path: str, scope: trio.CancelScope) -> None:
         with scope:
             try:
-                order = await self._order(record.image_id, index_path)
+                order, known = await self._order(record.image_id, index_path)
                 whole = self._settings.prefetch == "all"
                 if not order and not whole:
                     return
@@ -83,24 +83,30 @@ class Prefetching:
                 ]
                 async with self._opened(keys) as readers:
                     counts = [len(reader.table) if reader else 0 for reader in readers]
-                    await prefetch(readers, within(order, counts))
+                    order = within(order, counts)
+                    if known:
+                        for number, reader in enumerate(readers):
+                            if reader is not None:
+                                reader.foretell(span for layer, span in order if layer == number)
+                    await prefetch(readers, order)
                     if whole:
                         await prefetch(readers, everything(readers))
             except (ClipError, OSError) as exc:
                 log.warning("prefetch of %s: %s", record.reference, exc)
 
-    async def _order(self, image_id: str, index_path: str) -> Touches:
+    async def _order(self, image_id: str, index_path: str) -> tuple[Touches, bool]:
+        """What to fetch first, and whether that is known, from a profile, or only guessed."""
         learned = await trio.to_thread.run_sync(load_profile, self.profiles, image_id)
         if learned.spans:
-            return learned.spans
+            return learned.spans, True
         with await trio.to_thread.run_sync(open_index, index_path) as index:
             if index.profile is None:
-                return await trio.to_thread.run_sync(self._guess, index)
+                return await trio.to_thread.run_sync(self._guess, index), False
             try:
-                return parse_entries(index.profile)
+                return parse_entries(index.profile), True
             except ValueError as exc:
                 log.warning("index of %s: profile: %s", index.reference, exc)
-                return []
+                return [], False
 
     def _guess(self, index: Index) -> Touches:
         tables = [index.span_table(position) for position in range(len(index.layers))]

@@ -14,6 +14,7 @@ class Reads:
 
     def __init__(self, spans: int) -> None:
         self._readahead = Readahead(spans)
+        self.foretell = self._readahead.foretell
         self.asked: set[int] = set()
         self.read: set[int] = set()
 
@@ -108,6 +109,16 @@ def test_a_span_that_is_read_again_and_again_says_nothing_of_its_neighbourhood()
     reads = Reads(1000)
 
     assert [reads(37, 4096) for _ in range(100)] == [[]] * 100
+
+
+def test_reads_that_were_foretold_ask_for_nothing_and_others_do() -> None:
+    reads = Reads(1000)
+    reads.foretell(range(100))
+
+    assert [reads(span) for span in range(99)] == [[]] * 99
+    for span in range(100, 110):
+        reads(span)
+    assert reads.asked >= set(range(110, 112))
 
 
 def test_a_neighbourhood_ends_where_the_layer_does() -> None:
