@@ -2,7 +2,7 @@
 # Runs the benches, or those named, and prints Markdown tables: medians, ratios within the same
 # run, budgets and whether they are met. It never fails because of a figure.
 #
-#   sudo ./integration/bench/run.sh                  verbs start reads memory docker index
+#   sudo ./integration/bench/run.sh                  verbs start burst reads memory docker index
 #   sudo ./integration/bench/run.sh start reads      only these
 #   sudo ./integration/bench/run.sh --quick          fewer measurements
 #   sudo ./integration/bench/run.sh verbs --runs 99  options go to every bench
@@ -23,7 +23,7 @@ while [ $# -gt 0 ]; do
     benches+=("$1")
     shift
 done
-[ ${#benches[@]} -gt 0 ] || benches=(verbs start reads memory docker index)
+[ ${#benches[@]} -gt 0 ] || benches=(verbs start burst reads memory docker index)
 
 export PATH=/usr/sbin:/usr/bin:/sbin:/bin LC_ALL=C.UTF-8
 unset PYTHONPATH PYTHONHOME CLIPSHIM_CONFIG DOCKER_HOST DOCKER_CONFIG
