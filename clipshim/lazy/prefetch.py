@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PARALLEL = 4
+# Entries of the order within which neighbours are looked for: they are fetched at about the same
+# time anyway, and one request for both costs half as much.
+TOGETHER = 32
 
 
 async def prefetch(readers: Sequence[LayerReader | None], order: Iterable[tuple[int, int]]) -> int:
@@ -65,7 +68,15 @@ def everything(readers: Sequence[LayerReader | None]) -> Iterator[tuple[int, int
 def _batches(
     readers: Sequence[LayerReader | None], order: Iterable[tuple[int, int]]
 ) -> Iterator[tuple[LayerReader, list[int]]]:
-    """Neighbours in the order and in their layer together, so that they share a request."""
+    """Neighbours in their layer together, so that they share a request; else as the order says."""
+    entries = iter(order)
+    while chunk := list(itertools.islice(entries, TOGETHER)):
+        yield from _batches_of(readers, sorted(set(chunk)))
+
+
+def _batches_of(
+    readers: Sequence[LayerReader | None], order: Iterable[tuple[int, int]]
+) -> Iterator[tuple[LayerReader, list[int]]]:
     for number, entries in itertools.groupby(order, key=lambda entry: entry[0]):
         reader = readers[number] if number < len(readers) else None
         if reader is None:

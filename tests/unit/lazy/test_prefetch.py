@@ -13,7 +13,7 @@ import trio
 from clipshim.errors import DigestError, RegistryError, StoreError
 from clipshim.lazy.full_check import complete_layer
 from clipshim.lazy.layer_store import LayerStore
-from clipshim.lazy.prefetch import everything, prefetch
+from clipshim.lazy.prefetch import TOGETHER, everything, prefetch
 from clipshim.lazy.profile import (
     EMPTY,
     FORGET_AFTER,
@@ -40,12 +40,27 @@ def test_prefetch_follows_the_order_and_joins_neighbours(tmp_path: Path) -> None
 
     async def main() -> None:
         async with reading(tmp_path, layer, source) as reader:
-            order = [(0, 9), (0, 3), (0, 4), (0, 5), (7, 1), (0, 10_000)]
+            order = [(0, 9), (0, 4), (7, 1), (0, 5), (0, 10_000), (0, 3), (0, 4)]
             assert await prefetch([reader], order) == 4
             assert [span for span in range(32) if reader.stored.has(span)] == [3, 4, 5, 9]
             assert len(source.requests) == 2
             assert reader.statistics.ahead_spans == 4
             assert await prefetch([reader], order) == 0
+
+    trio.run(main)
+
+
+def test_prefetch_brings_later_what_is_needed_much_later(tmp_path: Path) -> None:
+    layer = MadeLayer(8 * MIB)
+    source = MadeSource(layer)
+
+    async def main() -> None:
+        async with reading(tmp_path, layer, source) as reader:
+            last = len(layer.table) - 1
+            order = [(0, span) for span in range(last, 0, -2)]
+            await prefetch([reader], order)
+            first = [start for start, _ in source.requests[: TOGETHER // 2]]
+            assert min(first) > layer.table[last - 2 * TOGETHER].compressed_offset
 
     trio.run(main)
 
