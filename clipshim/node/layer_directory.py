@@ -5,6 +5,7 @@ opened at the first read and closed again when nobody reads. So a hundred mounte
 memory only for those in use, and a server that takes over answers at once.
 """
 
+import errno
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -114,7 +115,7 @@ class ShownLayer:
         if self.reader is None or self.has_news:
             async with self._opening:
                 if self.reader is None or self.has_news:
-                    await self._directory.open_layer(self)
+                    await self._directory.open_in_time(self)
         assert self.reader is not None
         return self.reader
 
@@ -175,6 +176,20 @@ class LayerDirectory:
         """The layers in use."""
         return [layer.reader for layer in self._by_name.values() if layer.reader is not None]
 
+    async def open_in_time(self, layer: ShownLayer) -> None:
+        """As open_layer; what may pass, as a lack of descriptors, is tried till the deadline."""
+        deadline = trio.current_time() + self._fetching.deadline_s
+        pause_s = 0.1
+        while True:
+            try:
+                await self.open_layer(layer)
+                return
+            except ClipError as exc:
+                if not may_pass(exc) or trio.current_time() + pause_s >= deadline:
+                    raise
+            await trio.sleep(pause_s)
+            pause_s = min(2 * pause_s, 2.0)
+
     async def open_layer(self, layer: ShownLayer) -> None:
         """Makes the reader of a layer, or gives an open one the sources that came since."""
         layer.has_news = False
@@ -209,6 +224,10 @@ class LayerDirectory:
         if layer.reader is None:
             reader.recorders |= layer.recorders
             layer.reader = reader
+        if problem is not None and may_pass(problem):
+            layer.has_news = True  # the next read tries again
+            if not layer.sourced:
+                raise problem
 
     async def _make_reader(self, index: Index, position: int) -> LayerReader:
         info, table = index.layers[position], index.span_table(position)
@@ -265,6 +284,17 @@ class LayerDirectory:
             index.close()
         layer.indexes.clear()
         layer.sourced.clear()
+
+
+def may_pass(error: ClipError) -> bool:
+    """Whether an error is one of the moment: too many open files, too little memory."""
+    cause = error.__cause__
+    return isinstance(cause, OSError) and cause.errno in (
+        errno.EMFILE,
+        errno.ENFILE,
+        errno.ENOMEM,
+        errno.EAGAIN,
+    )
 
 
 def _chosen(layer: ShownLayer) -> list[tuple[str, Provider]]:

@@ -5,6 +5,7 @@ answer is any number of {"progress": …} lines and one final line with "ok". On
 user is served. A client that is slow, silent or hostile costs its own task and nothing else.
 """
 
+import errno
 import json
 import logging
 import os
@@ -184,10 +185,15 @@ class Connection:
             while (end := self._buffer.find(b"\n")) < 0:
                 if len(self._buffer) > MAX_REQUEST:
                     raise DaemonError(f"request of more than {MAX_REQUEST} bytes")
-                data, ancillary, _, _ = await self._sock.recvmsg(
+                data, ancillary, flags, _ = await self._sock.recvmsg(
                     MAX_REQUEST, socket.CMSG_SPACE(MAX_FDS * 4)
                 )
                 self._fds += fds_of(ancillary)
+                if flags & socket.MSG_CTRUNC:
+                    raise DaemonError(
+                        "descriptors of a request were lost: the daemon has too many open files",
+                        hint=remedy(OSError(errno.EMFILE, "")),
+                    )
                 if len(self._fds) > MAX_FDS:
                     raise DaemonError(f"request with more than {MAX_FDS} descriptors")
                 if not data:

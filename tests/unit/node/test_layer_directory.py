@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gzip
+import os
 import threading
 from typing import TYPE_CHECKING
 
 import pytest
 import trio
 
-from clipshim.errors import AuthError
+from clipshim.errors import AuthError, StoreError
 from clipshim.index.builder import BuildOptions, build_index
 from clipshim.index.model import open_index
 from clipshim.lazy.fetching import Fetching
 from clipshim.lazy.layer_store import LayerStore
 from clipshim.lazy.span_source import EmbeddedSource
+from clipshim.node import layer_directory
 from clipshim.node.layer_directory import LayerDirectory
 from clipshim.settings import Settings
 from tests.unit.index.samples import Source, tar
@@ -143,5 +146,42 @@ def test_an_image_that_is_trusted_now_gives_what_it_could_not_before(tmp_path: P
                 shown.directory.refresh(IMAGE)
                 await shown.read(0)
             assert shown.trust == [False, True]
+
+    trio.run(main)
+
+
+@pytest.mark.parametrize("where", ["index", "source"])
+def test_a_lack_of_descriptors_is_waited_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    left = 4
+
+    def fail(*_: object) -> None:
+        nonlocal left
+        left -= 1
+        if left >= 0:
+            try:
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            except OSError as exc:
+                raise StoreError("cannot open") from exc
+
+    async def main() -> None:
+        async with showing(tmp_path) as shown:
+            open_it, make = open_index, shown._source
+
+            def open_later(path: str) -> Index:
+                if where == "index":
+                    fail()
+                return open_it(path)
+
+            def make_later(index: Index, position: int, trusted: bool) -> SpanSource:
+                if where == "source":
+                    fail()
+                return make(index, position, trusted)
+
+            monkeypatch.setattr(layer_directory, "open_index", open_later)
+            monkeypatch.setattr(shown.directory, "_make_source", make_later)
+            await shown.read(0)
+            assert left < 0
 
     trio.run(main)
