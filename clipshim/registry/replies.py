@@ -173,7 +173,9 @@ def refusal(reply: Reply) -> AttemptFailed:
         return AttemptFailed(FORBIDDEN, message, retryable=False, status=status)
     if status in (404, 410):
         return AttemptFailed(MISSING, message, retryable=False, status=status)
-    after = _retry_after_s(reply.response.headers.get("Retry-After"))
+    after = _retry_after_s(
+        reply.response.headers.get("Retry-After"), reply.response.headers.get("Date")
+    )
     if status == 429:
         return AttemptFailed(
             "rate-limited", message, retryable=True, retry_after=after, status=status
@@ -203,15 +205,20 @@ def _error_text(reply: Reply) -> str:
     return f": {words}" if words else ""
 
 
-def _retry_after_s(value: str | None) -> float | None:
+def _retry_after_s(value: str | None, date: str | None = None) -> float | None:
+    """RFC 9110 section 10.2.3: seconds, or a time by the server's clock, which `date` tells."""
     if not value:
         return None
     try:
         if value.strip().isdigit():
             return float(value.strip())
-        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+        wanted = parsedate_to_datetime(value).timestamp()
     except (ValueError, TypeError, OverflowError):
         return None
+    now = time.time()
+    with contextlib.suppress(ValueError, TypeError, OverflowError):
+        now = parsedate_to_datetime(date or "").timestamp()
+    return max(0.0, wanted - now)
 
 
 def drain(reply: Reply) -> None:

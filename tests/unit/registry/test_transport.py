@@ -237,6 +237,18 @@ def test_retry_after_is_a_number_or_a_date() -> None:
         assert replies._retry_after_s(nonsense) is None
 
 
+@pytest.mark.parametrize("wrong_by_s", [-86_400, 86_400])
+def test_a_time_to_retry_is_by_the_servers_clock(wrong_by_s: int) -> None:
+    theirs = time.time() + wrong_by_s
+    date = email.utils.formatdate(theirs, usegmt=True)
+    later = email.utils.formatdate(theirs + 30, usegmt=True)
+    assert replies._retry_after_s(later, date) == 30
+    assert replies._retry_after_s("30", date) == 30
+    found = replies._retry_after_s(email.utils.formatdate(time.time() + 30), "nonsense")
+    assert found is not None
+    assert 0 <= found <= 30
+
+
 def test_origins() -> None:
     assert urls.same_origin("http://a/x", "http://a:80/y")
     for other in ("https://a/x", "http://b/x", "http://a:81/x", "/x", "http://["):
