@@ -154,7 +154,10 @@ def build(index: Index, access: RegistryAccess) -> StubImage:
                 continue
             content = files.below(way[-1], limit=MAX_VOLUME_BYTES)
             if content is None:
-                print_note(f"{path}: too much for a stub; new volumes there begin empty")
+                print_note(
+                    f"{path}: too much for a stub; new volumes there are filled when a container"
+                    " starts with Docker or podman, and begin empty with other engines"
+                )
             else:
                 found |= content
         found |= {path: files.entry(path) for path in STUB_FILES}

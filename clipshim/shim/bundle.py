@@ -46,6 +46,17 @@ class Bundle:
         return os.path.normpath(os.path.join(self.path, self.root_path)) if self.root_path else ""
 
     @property
+    def mounts(self) -> "list[dict[str, Any]]":
+        """The mounts as written."""
+        found = self.config.get("mounts")
+        return [m for m in found if isinstance(m, dict)] if isinstance(found, list) else []
+
+    @property
+    def may_have_volumes(self) -> bool:
+        """Whether a mount may be a local volume of Docker's or podman's, which end in /_data."""
+        return any(str(mount.get("source")).endswith("/_data") for mount in self.mounts)
+
+    @property
     def maps_users(self) -> bool:
         """Whether the container's users are others on the host (a user namespace)."""
         linux = self.config.get("linux")

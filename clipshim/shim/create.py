@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from clipshim.shim.bundle import Bundle
     from clipshim.shim.source import Source
     from clipshim.shim.verbs import Call
+    from clipshim.shim.volumes import NewVolumes
 
 _LOCK_WAIT_S = 30.0
 _OPTIONAL_PATIENCE_S = 10.0  # for an image that the engine has pulled anyway
@@ -75,6 +76,10 @@ def _create_locked(
             undo.push(kept.save)
         engine = _engine_overlay(call, found, named, kept)
         state = _planned(call, found, named, key, engine)
+        new_volumes = _new_volumes(call, found, named, engine)
+        if new_volumes is not None:
+            undo.push(new_volumes.close)
+            state.values["volumes"] = new_volumes.paths
         state.save()
         trace("create-planned")
         tree = _request_tree(settings, key, named)
@@ -104,6 +109,10 @@ def _create_locked(
                 )
             finally:
                 os.close(tree.fd)
+            if new_volumes is not None:
+                new_volumes.fill(target)
+                state.values.pop("volumes", None)
+                state.save()
             if rewrites:
                 bundle.keep_original(state.kept_config, _original_config(settings, found))
                 undo.push(teardown.put_config_back, state)
@@ -158,6 +167,22 @@ def _engine_overlay(
         return None
     engine.hides_layers = True
     return engine
+
+
+def _new_volumes(
+    call: "Call", found: "Bundle", named: "Source", engine: "EngineOverlay | None"
+) -> "NewVolumes | None":
+    """The volumes that the engine has filled from what it sees, which is not the tree."""
+    if call.line.verb != "create" or not found.may_have_volumes:
+        return None
+    if not named.is_stub and engine is None:
+        return None
+    from clipshim.shim import volumes  # only where there may be some
+
+    wanted = volumes.find_volumes(found, call.line.container_id)
+    if not wanted:
+        return None
+    return volumes.NewVolumes(found, wanted, has_engines_copy=named.is_stub)
 
 
 def _planned(

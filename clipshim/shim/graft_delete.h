@@ -98,6 +98,7 @@ static bool find_graft(const char *run_dir, const char *runtime, const char *roo
                 state_says(graft->state, "root", real_root) &&
                 state_says(graft->state, "kind", "graft") &&
                 !strstr(graft->state, "\"checkpointed\"") &&
+                !strstr(graft->state, "\"volumes\"") && /* filled half, by a create that died */
                 holds_only_the_plan(graft->directory);
     }
     if (directory)

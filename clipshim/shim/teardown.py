@@ -49,6 +49,10 @@ def tear_down(
             except ClipError:
                 pass  # the engine's bundle may be gone or read-only; it is the engine's to remove
     trace("teardown-unmounted")
+    for path in state.values.get("volumes") or ():
+        from clipshim.shim import volumes  # only where create may have filled some
+
+        volumes.clean_up(path)
     if not keep_upper:
         for path in (settings.upper_dir(state.key), settings.work_dir(state.key)):
             remove_tree(path)

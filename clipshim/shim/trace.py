@@ -23,6 +23,7 @@ STEPS = (
     "teardown-upper",
     "teardown-released",
 )
+VOLUME_STEPS = ("volume-copied", "volume-moving", "volume-moved")  # where create fills one
 
 
 def trace(step: str) -> None:
