@@ -20,9 +20,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 TEST_PACKAGES=(
     attr buildah build-essential busybox-static ca-certificates conmon containerd crun curl
     debootstrap 'docker-cli|docker.io' 'docker-compose-v2|docker-compose' docker-registry
-    docker.io erofs-utils fuse-overlayfs fuse3 git iproute2 isal jq libarchive-tools libcap2-bin
-    libfuse3-dev pigz pkg-config podman procps psmisc python3-dev python3-venv python3-yaml runc
-    skopeo strace tini umoci zstd
+    docker.io e2fsprogs erofs-utils fuse-overlayfs fuse3 git iproute2 isal jq libarchive-tools
+    libcap2-bin libfuse3-dev pigz pkg-config podman procps psmisc python3-dev python3-venv
+    python3-yaml runc skopeo strace tini umoci zstd
 )
 VENV="$PWD/.venv"
 

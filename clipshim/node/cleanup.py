@@ -124,7 +124,7 @@ async def _collect(node: Node, *, dry_run: bool, unused_trees: bool) -> list[str
         removed.append(f"stale tree {image_id}")
         if not dry_run:
             await trees.remove_stale(image_id)
-    for image_id in choose_trees(_unpacked_ids(node), set(trees.trees) | held):
+    for image_id in choose_trees(unpacked_ids(node.unpacker.directory), set(trees.trees) | held):
         removed.append(f"unpacked image {image_id}")
         if not dry_run:
             path = node.unpacker.path(image_id)
@@ -200,12 +200,13 @@ def _known_holds(node: Node) -> set[str]:
     return {*os.listdir(node.settings.run_dir), *node.hand_mounts.all()}
 
 
-def _unpacked_ids(node: Node) -> set[str]:
+def unpacked_ids(directory: str) -> set[str]:
     """Images that were unpacked, and old drafts of some; a young draft is being written."""
     found = set()
     with contextlib.suppress(FileNotFoundError):
-        for entry in os.scandir(node.unpacker.directory):
-            age_s = time.time() - entry.stat(follow_symlinks=False).st_mtime
+        for entry in os.scandir(directory):
+            # not mtime: at its end a draft gets that of the image's own root
+            age_s = time.time() - entry.stat(follow_symlinks=False).st_ctime
             if not entry.name.startswith(".") or age_s > DRAFT_AGE_S:
                 found.add(entry.name)
     return found

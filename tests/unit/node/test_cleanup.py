@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import TYPE_CHECKING
 
 import pytest
@@ -15,6 +16,7 @@ from clipshim.node.cleanup import (
     choose_indexes,
     choose_profiles,
     choose_trees,
+    unpacked_ids,
 )
 from clipshim.node.container_cleanup import clean
 from clipshim.settings import Settings
@@ -47,6 +49,15 @@ def container(settings: Settings, key: str, tmp_path: Path, *, alive: bool, **mo
 
 def removed(settings: Settings, *, dry_run: bool = False) -> dict[str, str]:
     return {found["key"]: found["kind"] for found in clean(settings, dry_run=dry_run)}
+
+
+def test_an_image_that_is_being_unpacked_is_left_alone_whatever_the_time_of_its_root(
+    tmp_path: Path,
+) -> None:
+    for name in ("a" * 32, ".new-draft"):
+        (tmp_path / name).mkdir()
+        os.utime(tmp_path / name, (0, 0))
+    assert unpacked_ids(str(tmp_path)) == {"a" * 32}
 
 
 def test_only_old_indexes_that_nobody_named_or_uses_go() -> None:
