@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from clipshim.shim import argv
 from tests.support.node import CLIPSHIM, wait_for
 from tests.support.runtimes import RUNC, write_bundle
 
@@ -313,7 +314,7 @@ class Side:
         text = re.sub(r'time(=|":)"[^"]*"', r"time\1TIME", text)
         text = re.sub(r"\d{4}-\d\d-\d\dT[0-9:.]+(Z|[+-]\d\d:\d\d)", "TIME", text)
         text = re.sub(r'"pid": ?\d+', '"pid": PID', text)
-        text = re.sub(r"\b\d{2,}\b", "NUMBER", text)  # process ids, addresses
+        text = re.sub(r"\b(\d{2,}|[0-9a-f]{12})\b", "NUMBER", text)  # process ids, addresses
         return re.sub(r" +", " ", text)
 
     def close(self) -> None:
@@ -341,6 +342,34 @@ def sides(tmp_path: Path, conformance_node: Node) -> Iterator[tuple[Side, Side]]
         ours = Side(CLIPSHIM, tmp_path / "clipshims", conformance_node.env)
         with contextlib.closing(ours):
             yield plain, ours
+
+
+def flags_of(*verb: str) -> tuple[set[str], set[str]]:
+    """What runc's help names: flags with a value, and those without."""
+    command = [RUNC, *verb, "--help"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    values: set[str] = set()
+    switches: set[str] = set()
+    for line in text.partition("OPTIONS:")[2].splitlines():
+        if not line.startswith("   -"):
+            continue
+        for word in re.split(r"\s{2,}", line.strip(), maxsplit=1)[0].split(", "):
+            name, _, value = word.lstrip("-").partition(" ")
+            (values if value else switches).add(name)
+    return values, switches
+
+
+def test_every_flag_that_runc_names_is_known() -> None:
+    """A flag that is not known could hide the verb or the container's ID."""
+    values, switches = flags_of()
+    assert values
+    assert values <= argv.GLOBAL_VALUES
+    assert switches <= argv.GLOBAL_SWITCHES
+    for verb, (known_values, known_switches) in argv.OUR_VERBS.items():
+        values, switches = flags_of(verb)
+        assert values <= known_values, verb
+        assert switches <= known_switches, verb
+        assert values or switches, verb
 
 
 @pytest.mark.parametrize("name", [*LIFE_CYCLES, *ERRORS])
