@@ -346,7 +346,7 @@ def sides(tmp_path: Path, conformance_node: Node) -> Iterator[tuple[Side, Side]]
 
 def flags_of(*verb: str) -> tuple[set[str], set[str]]:
     """What runc's help names: flags with a value, and those without."""
-    command = [RUNC, *verb, "--help"]
+    command = [str(RUNC), *verb, "--help"]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     values: set[str] = set()
     switches: set[str] = set()
