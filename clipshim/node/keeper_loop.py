@@ -23,6 +23,7 @@ from clipshim.node.control import (
     Message,
     close_all,
     control_pair,
+    in_memory,
     receive_message,
     send_message,
 )
@@ -43,6 +44,7 @@ READAHEAD_KIB = 128
 END_TIMEOUT_S = 20.0  # for children that were told to end, before SIGKILL
 SERVER_MODULE = "clipshim.node.server"
 TREE_MODULE = "clipshim.node.tree_server"
+MAX_ARGUMENT = 64 << 10  # MAX_ARG_STRLEN of execve(2) is 128 KiB; a thousand layers need more
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 early_signals: set[int] = set()  # that came before the loop
@@ -162,12 +164,23 @@ class Keeper:
         child, tree = self.trees[image_id], self.state.trees[image_id]
         arguments = {"fuse_fd": self.tree_fds[image_id], "image_id": image_id} | tree.config
         try:
-            child.start(TREE_MODULE, [json.dumps(arguments)], [self.tree_fds[image_id]])
+            self._start_with(child, json.dumps(arguments), self.tree_fds[image_id])
         except OSError as exc:
             child.restart_at = time.monotonic() + 1.0
             log.error("tree server cannot be started: %s", exc, extra={"image_id": image_id})
             return
         self._watch_tree(image_id)
+
+    @staticmethod
+    def _start_with(child: Child, text: str, fd: int) -> None:
+        if len(text) <= MAX_ARGUMENT:
+            child.start(TREE_MODULE, [text], [fd])
+            return
+        config_fd = in_memory(text.encode())
+        try:
+            child.start(TREE_MODULE, [str(config_fd)], [fd, config_fd])
+        finally:
+            os.close(config_fd)
 
     def adopt_trees(self) -> None:
         """Goes on with the tree servers of the last keeper, or starts them again."""

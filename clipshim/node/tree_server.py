@@ -16,6 +16,7 @@ from clipshim.errors import ClipError
 from clipshim.index.erofs_read import ErofsImage
 from clipshim.lazy.tree_fs import TreeFileSystem
 from clipshim.lazy.tree_session import TreeSession
+from clipshim.node.control import read_memory
 from clipshim.node.kept_settings import settings_of_daemon
 from clipshim.node.processes import raise_limits
 
@@ -35,8 +36,12 @@ def _serve(config: dict[str, Any]) -> None:
 
 
 def main() -> int:
-    """Entry point of `python -I -m clipshim.node.tree_server JSON`."""
-    config = json.loads(sys.argv[1])
+    """Entry point of `python -I -m clipshim.node.tree_server JSON|FD`, of a file with the JSON."""
+    text: str | bytes = sys.argv[1]
+    if sys.argv[1].isdigit():
+        text = read_memory(int(sys.argv[1]))
+        os.close(int(sys.argv[1]))
+    config = json.loads(text)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     raise_limits()

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from clipshim.errors import ClipError, NotFoundError, PolicyError, RegistryError
+from clipshim.index.model import MAX_LAYERS
+from tests.support import images, small_images
 from tests.support.node import wait_for
 from tests.system import node_trees
 
@@ -137,3 +139,21 @@ def test_layers_that_end_with_their_last_files_last_byte_are_read_to_the_end(
     node.call("release", container="c1")
     node.call("gc", dry_run=False)
     check(node_trees.mount(node, clip, "c1", mode=mode), sums)
+
+
+@pytest.mark.parametrize("mode", ["erofs", "fuse"])
+def test_an_image_of_as_many_layers_as_there_may_be(node: Node, tmp_path: Path, mode: str) -> None:
+    """Their names are more than one packet, or one argument of a process, can hold."""
+    files = []
+    for number in range(MAX_LAYERS):
+        top = {"usr/": b"", "proc/": b""} if not number else {}
+        contents = {**top, f"file-{number}": b"%d" % number * 1000}
+        files.append(small_images.layer(tmp_path / f"{number}.tar", contents))
+    made = small_images.image(tmp_path / "oci", files)
+    clip = node_trees.index(node, f"oci:{made.layout}:{images.TAG}")
+    node.start()
+    tree = Path(node_trees.mount(node, clip, "c1", mode=mode)["tree"])
+    for number in (0, 1, 500, MAX_LAYERS - 1):
+        assert (tree / f"file-{number}").read_bytes() == b"%d" % number * 1000
+    node.kill_server()
+    assert (tree / "file-7").read_bytes() == b"7" * 1000

@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING
 import pytest
 
 from clipshim.node import sd_notify
-from clipshim.node.control import MAX_MESSAGE, control_pair, receive_message, send_message
+from clipshim.node.control import (
+    MAX_LARGE,
+    control_pair,
+    in_memory,
+    receive_message,
+    send_message,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -47,10 +53,39 @@ def test_what_is_not_an_object_is_refused() -> None:
                 receive_message(two)
 
 
-def test_a_message_that_is_too_long_is_refused_before_it_is_sent() -> None:
+def test_a_message_that_is_too_long_for_a_packet_arrives_all_the_same() -> None:
     one, two = control_pair()
-    with one, two, pytest.raises(ValueError, match="at most"):
-        send_message(one, {"x": "y" * MAX_MESSAGE})
+    with one, two:
+        read, write = os.pipe()
+        sent = {"devices": ["y" * 100] * 100_000}
+        send_message(one, sent, [write])
+        os.close(write)
+        message, fds = receive_message(two)
+        assert message == sent
+        os.write(fds[0], b"hello")
+        os.close(fds[0])
+        assert os.read(read, 10) == b"hello"
+        assert len(fds) == 1
+        os.close(read)
+
+
+def test_a_message_beyond_all_bounds_is_refused_before_it_is_sent() -> None:
+    one, two = control_pair()
+    with one, two, pytest.raises(OSError, match="at most"):
+        send_message(one, {"x": "y" * MAX_LARGE})
+
+
+def test_a_large_message_that_is_none_is_refused_and_leaves_nothing_open() -> None:
+    one, two = control_pair()
+    with one, two:
+        before = os.listdir("/proc/self/fd")
+        for junk in (b"junk", b"[]"):
+            fd = in_memory(junk)
+            send_message(one, {"large_message": 4}, [fd])
+            os.close(fd)
+            with pytest.raises(ValueError, match=r"."):
+                receive_message(two)
+        assert os.listdir("/proc/self/fd") == before
 
 
 def test_notifications_reach_systemd_with_descriptors(
