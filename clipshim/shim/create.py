@@ -155,7 +155,7 @@ def _engine_overlay(
     if named.is_stub:
         return rootfs.engine_overlay(found.rootfs, run_dir)
     restores_own = kept is not None and kept.text("kind") == "own"
-    if call.line.verb == "run" or restores_own or found.maps_users or found.rootfs in ("", "/"):
+    if call.line.verb == "run" or restores_own or found.rootfs in ("", "/"):
         return None
     if found.rootfs.startswith(f"{run_dir}/"):
         return None  # the own rootfs of another container of this bundle
@@ -165,6 +165,8 @@ def _engine_overlay(
         return None  # no rootfs, or none that an engine mounted in a way that is known
     if engine is None or not engine.upper:
         return None
+    if engine.upper.startswith(call.settings.upper_dir("")):
+        return None  # the same, mounted in place
     engine.hides_layers = True
     return engine
 

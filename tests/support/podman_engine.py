@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tests.support.engine import ULIMITS, Client, cgroup_parent, destroy, engine_env
+from tests.support.node import wait_for
 from tests.support.programs import program
 
 if TYPE_CHECKING:
@@ -64,6 +65,14 @@ class Podman(Client):
     def common(self) -> list[str]:
         """Options of `run` and `create`: limits this machine allows, a cgroup of this run."""
         return [*ULIMITS, f"--cgroup-parent={cgroup_parent()}"]
+
+    def remove(self, name: str) -> None:
+        """Removes a container. With user namespaces podman 4.3 needs two tries now and then.
+
+        Its own clean-up of the shm mount is not over then, under runc as under clipshim.
+        """
+        words = ("rm", "--force", "--ignore", "--time=0", name)
+        wait_for(f"{name} is removed", lambda: self.run(*words, check=False).returncode == 0, 120)
 
     def close(self) -> None:
         """Removes all containers and everything below the directory."""

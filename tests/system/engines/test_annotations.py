@@ -177,6 +177,21 @@ def test_podman_exec_copy_volumes_and_restart(
         podman("rm", "-f", "-t", "0", name)
 
 
+def test_podman_restarts_with_a_user_namespace(podman: Podman, tiny_reference: str) -> None:
+    name = podman.start_container(
+        "-d", "--uidmap=0:100000:65536", "--gidmap=0:100000:65536",
+        "--annotation", f"{IMAGE}={tiny_reference}", EMPTY, "sleep", "100000",
+    )  # fmt: skip
+    try:
+        podman("exec", name, "sh", "-c", "echo kept >/etc/new")
+        podman("restart", "-t", "0", name)
+        shown = podman("exec", name, "sh", "-c", "cat /etc/new; stat -c %u /etc/new /etc/group")
+        assert shown.split() == ["kept", "0", "0"]
+        assert "A /etc/new" in podman("diff", name).splitlines()
+    finally:
+        podman.remove(name)
+
+
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [

@@ -178,4 +178,8 @@ def test_a_user_namespace_of_its_own(podman: Podman) -> None:
         "stat -c %u:%g /usr/bin/python3 /etc/issue /app; echo x >>/etc/issue; rm /app/hello.py; "
         "stat -c %u:%g /etc/issue; tail -1 /etc/issue; python3 -c 'print(1)'"
     )
-    assert run(podman, *maps, IMAGE, "sh", "-c", script).split() == ["0:0"] * 4 + ["x", "1"]
+    name = podman("create", *podman.common(), *maps, IMAGE, "sh", "-c", script)
+    try:
+        assert podman("start", "--attach", name).split() == ["0:0"] * 4 + ["x", "1"]
+    finally:
+        podman.remove(name)
