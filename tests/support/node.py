@@ -110,13 +110,22 @@ class Node:
     def log_tail(self, lines: int = 30) -> str:
         """The end of the daemon's log files, for messages of failed tests."""
         parts = []
-        for log in sorted(self.directory.rglob("*.log")):
+        for log in self._logs():
             try:
                 text = log.read_text(errors="replace").splitlines()[-lines:]
             except OSError:
                 continue
             parts.append(f"\n--- {log}\n" + "\n".join(text))
         return "".join(parts)
+
+    def _logs(self) -> list[Path]:
+        """All log files; never looks into a mount, which may have nobody left to answer."""
+        mounts = set(self.mounts())
+        found = []
+        for directory, names, files in os.walk(self.directory):
+            names[:] = [name for name in names if f"{directory}/{name}" not in mounts]
+            found += [Path(directory, name) for name in files if name.endswith(".log")]
+        return sorted(found)
 
     def call(self, op: str, *, timeout_s: float = 60, **fields: Any) -> dict[str, Any]:
         """One request to the daemon; the final reply. OSError if nobody listens."""
