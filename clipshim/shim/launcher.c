@@ -323,8 +323,6 @@ static bool may_be_recorded(const char *run_dir, char **words)
     return found;
 }
 
-#include "graft_delete.h"
-
 /* What a container may name an index with, as it stands in config.json. */
 static bool mentions_index(const char *config)
 {
@@ -348,6 +346,8 @@ static const char *json_string(char **text, size_t *length)
     ++*text;
     return plain ? start : "";
 }
+
+#include "graft_delete.h"
 
 /* Copies root.path of config.json; false for anything that is not plain. */
 static bool root_path(char *text, char *path)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from clipshim.settings import Settings
 from clipshim.shim import state
 from tests.support.node import CLIPSHIM, Node, wait_for
 from tests.system.shim.test_inheritance import DUMP_RUNTIME
@@ -127,3 +128,16 @@ def test_it_waits_for_whoever_works_on_the_container(
         assert made.directory.exists()
     assert ended(child) == (0, "", "")
     assert not made.directory.exists()
+
+
+@pytest.mark.parametrize("field", ["checkpointed", "volumes", "of a later version"])
+def test_what_is_not_plain_is_not_the_launchers(
+    field: str, recorded: Callable[[str], Recorded]
+) -> None:
+    made = recorded("#!/bin/sh\n")
+    container = state.load_state(Settings({"run_dir": str(made.node.run_dir)}), made.directory.name)
+    assert container is not None
+    container.save(**{field: [{"id": "x"}]})
+    status, _, error = ended(made.start())
+    assert (status, "python3" in error) == (1, True), "there is none"
+    assert made.directory.exists()
