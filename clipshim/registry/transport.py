@@ -141,7 +141,9 @@ class Transport:
                 endpoint = to_ask.pop(0)
                 self._check_open(what)
                 others = [item for item in to_ask if item.base not in distrusted]
-                if hurried or any(not self.health.is_avoided(item.base) for item in others):
+                elsewhere = any(not self.health.is_avoided(item.base) for item in others)
+                # a push that was not waited for may have come through all the same
+                if capability != "push" and (hurried or elsewhere):
                     endpoint = replace(endpoint, patience_s=health.PATIENCE_S)
                 began = time.monotonic()
                 try:

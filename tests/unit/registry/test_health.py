@@ -232,3 +232,19 @@ def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(10):
         known.kept_silent(str(number))
     assert [number for number in range(10) if known.is_avoided(str(number))] == [7, 8, 9]
+
+
+@pytest.mark.parametrize("capability", ["pull", "resolve", "push"])
+def test_only_who_reads_is_impatient(tmp_path: Path, capability: str) -> None:
+    access = access_over(tmp_path, "127.0.0.1:9", "127.0.0.1:8")
+    asked: list[float] = []
+
+    def operation(endpoint: Endpoint) -> None:
+        asked.append(endpoint.patience_s)
+        if len(asked) == 1:
+            raise AttemptFailed("protocol", "", retryable=False)
+
+    reference = parse_reference("127.0.0.1:9/app:1")
+    access.transport.exchange(reference, operation, capability=capability, what="test")
+    never = float("inf")
+    assert asked == [never if capability == "push" else health.PATIENCE_S, never]
