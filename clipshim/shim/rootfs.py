@@ -200,7 +200,12 @@ class _EngineLayers:
         if userns_fd >= 0:
             from clipshim.shim import mapped_layers  # only with a user namespace
 
-            self._found = mapped_layers.find(engine)
+            try:
+                self._found = mapped_layers.find(engine)
+            except (MountError, OSError):
+                if not engine.hides_layers:
+                    raise
+                engine.lowers = ()  # the graft needs none; what was there nobody can put back
 
     def execute(self, plan: overlay.OverlayPlan) -> None:
         if self._userns_fd < 0:

@@ -15,7 +15,7 @@ import pytest
 from clipshim.mounts import erofs, mountinfo, syscalls
 from tests.support.runtimes import write_bundle
 from tests.support.skips import kernel_cannot
-from tests.system.shim.containers import assert_clean
+from tests.system.shim.containers import INDEX, LOOP, assert_clean
 from tests.system.shim.test_user_namespaces import FIRST, in_user_namespace
 
 if TYPE_CHECKING:
@@ -124,6 +124,42 @@ def test_a_stub_runs_on_layers_that_are_gone_by_name(
     finally:
         subprocess.run(["umount", snapshots.rootfs], check=False, capture_output=True)
     assert (snapshots.home / "1/fs/first").stat().st_uid == 0
+    assert mountinfo.mount_at(str(snapshots.rootfs)) is None
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("arguments", [LOOP, ["/no/such/program"]])
+def test_an_image_that_is_named_needs_none_of_them(
+    node: Node,
+    runtime: Runtime,
+    tmp_path: Path,
+    tiny_clip: Path,
+    userns: str,
+    layers: int,
+    arguments: list[str],
+) -> None:
+    if reason := erofs.probe_erofs(str(tmp_path)):
+        kernel_cannot(reason)
+    snapshots = Snapshots(tmp_path / "c", tiny_clip, layers=layers)
+    shutil.rmtree(snapshots.home / "1/fs/.clip")
+    path = snapshots.rootfs.parent
+    write_bundle(path, arguments, rootfs=snapshots.rootfs, annotations=INDEX)
+    shutil.copy(tiny_clip, path / "index.clip")
+    in_user_namespace(path, runtime.root.parents[2])
+    snapshots.mount(userns)
+    try:
+        done = runtime.quietly("create", "-b", path, "box", check=False)
+        if arguments == LOOP:
+            assert done.returncode == 0, done.stdout
+            assert (snapshots.rootfs / "bin/busybox").stat().st_uid == FIRST
+            assert not (snapshots.rootfs / "first").exists()
+        else:
+            assert done.returncode == 1
+            assert "/no/such/program" in done.stdout
+        runtime("delete", "--force", "box")
+        assert_clean(node)
+    finally:
+        subprocess.run(["umount", snapshots.rootfs], check=False, capture_output=True)
     assert mountinfo.mount_at(str(snapshots.rootfs)) is None
 
 
