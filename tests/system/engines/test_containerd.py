@@ -71,14 +71,19 @@ def test_an_ordinary_image_runs_as_ever(containerd: Containerd) -> None:
     assert ctr_run(containerd, ORDINARY, "sh", "-c", "echo $(id -u) on") == "0 on"
 
 
-@pytest.mark.parametrize("image", [IMAGE, ORDINARY])
-def test_a_user_namespace(containerd: Containerd, image: str) -> None:
+@pytest.mark.parametrize("way", ["stub", "ordinary", "annotation"])
+def test_a_user_namespace(containerd: Containerd, request: pytest.FixtureRequest, way: str) -> None:
     """containerd 2 mounts the layers with shifted owners, where they are gone afterwards."""
     if "containerd/v2" not in containerd("--version"):
         return  # older ones copy the layers, to where the container's root may not enter
-    maps = ("--uidmap", "0:100000:65536", "--gidmap", "0:100000:65536", "--remap-labels")
+    options = ["--uidmap", "0:100000:65536", "--gidmap", "0:100000:65536", "--remap-labels"]
+    if way == "annotation" and containerd.target.node is not None:
+        reference = request.getfixturevalue("debian_reference")
+        containerd.target.node.clipshim("index", reference)
+        options += ["--annotation", f"io.clipshim.image={reference}"]
+    image = IMAGE if way == "stub" else ORDINARY
     script = "id -u; stat -c %u:%g /etc/passwd /bin/sh; echo x >/etc/passwd; echo y >/new; ls /new"
-    out = ctr_run(containerd, image, "sh", "-c", script, options=maps)
+    out = ctr_run(containerd, image, "sh", "-c", script, options=tuple(options))
     assert out.split() == ["0", "0:0", "0:0", "/new"]
 
 
