@@ -81,15 +81,22 @@ class Kernel:
     def during_serve(self, talk: Callable[[], None]) -> None:
         """Serves while a thread does `talk`; a signal ends it then."""
         with ThreadPoolExecutor(1) as thread:
+            served = threading.Event()
 
             def talk_and_stop() -> None:
                 try:
                     talk()
                 finally:
-                    os.kill(os.getpid(), signal.SIGUSR1)
+                    # once is not enough: Python runs no handler for a signal that comes between its
+                    # last look and the read(2), which then waits
+                    while not served.wait(0.05):
+                        os.kill(os.getpid(), signal.SIGUSR1)
 
             talked: Future[None] = thread.submit(talk_and_stop)
-            self.session.serve()
+            try:
+                self.session.serve()
+            finally:
+                served.set()
             talked.result(PATIENCE_S)
 
 
