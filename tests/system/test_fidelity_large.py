@@ -139,7 +139,9 @@ def test_a_file_capability_takes_effect(tmp_path: Path) -> None:
         try:
             results = [
                 subprocess.run(
-                    [f"/proc/self/fd/{directory}/{name}", f"/proc/self/fd/{place}/secret"],
+                    # called cat: on Ubuntu 26.04 that name chooses one of all coreutils
+                    ["cat", f"/proc/self/fd/{place}/secret"],
+                    executable=f"/proc/self/fd/{directory}/{name}",
                     capture_output=True, text=True, check=False,
                     pass_fds=(directory, place), user=65534, group=65534, extra_groups=[],
                 )

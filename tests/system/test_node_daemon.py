@@ -440,8 +440,9 @@ def test_metrics_are_served_on_a_loopback_port(make_node: Callable[..., Node]) -
         text = wait_for("the metrics page", tried)
         if text != "taken":
             assert "clipshim_container_starts_total" in text
-            with pytest.raises(urllib.error.HTTPError, match="404"):
+            with pytest.raises(urllib.error.HTTPError, match="404") as refused:
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=60)
+            refused.value.close()
             return
     raise AssertionError("no port was free")
 
