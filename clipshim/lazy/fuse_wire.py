@@ -38,7 +38,6 @@ CACHE_DIR = 1 << 3
 ROOT = 1  # the root's inode number
 
 IN_HEADER = struct.Struct("=IIQQIIIHH")  # length, opcode, unique, nodeid, uid, gid, pid, 2 unused
-LENGTH = struct.Struct("=I")  # its first field
 OUT_HEADER = struct.Struct("=IiQ")  # length, -errno, unique; a notification has its code for errno
 INIT_IN = struct.Struct("=IIII")  # major, minor, max_readahead, flags
 INIT_OUT = struct.Struct("=IIIIHHIIHHI28x")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import select
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
@@ -35,10 +36,6 @@ GONE = frozenset((errno.ENODEV, errno.ECONNABORTED))  # unmounted everywhere; ab
 DRAIN_S = 15.0
 
 
-class _Stop(BaseException):
-    """Leaves the read(2) that waits for a request."""
-
-
 class TreeSession:
     """One connection's requests."""
 
@@ -46,24 +43,25 @@ class TreeSession:
         self._files = files
         self._fd = fuse_fd
         self._pools: dict[int, ThreadPoolExecutor] = {}
-        self._stopping = False
-        self._receiving = False
         self._under_way = 0
         self._changed = threading.Condition()
 
-    def serve(self) -> None:
-        """Answers requests until the connection has no mount any more, or `stop` is called.
+    def serve(self, stop_fd: int) -> None:
+        """Answers requests until the connection has no mount any more, or `stop_fd` can be read.
 
-        Call it in the main thread. Threads may still wait for a layer when it returns: what they
-        have not answered, the kernel asks the next server, if it can (Linux 6.9+). Raises OSError
-        if the descriptor is no FUSE connection.
+        Threads may still wait for a layer when it returns: what they have not answered, the kernel
+        asks the next server, if it can (Linux 6.9+). Raises OSError if the descriptor is no FUSE
+        connection.
         """
-        os.set_blocking(self._fd, True)
+        os.set_blocking(self._fd, False)  # a request can be withdrawn between poll and read
         can_resend = wire.request_resend(self._fd)
+        poller = select.poll()
+        poller.register(self._fd, select.POLLIN)
+        poller.register(stop_fd, select.POLLIN)
         buffer = bytearray(REQUEST_BYTES)
         view = memoryview(buffer)
         try:
-            while not self._stopping:
+            while all(fd != stop_fd for fd, _ in poller.poll()):
                 length = self._receive(buffer)
                 if length:
                     self._answer(view[:length])
@@ -75,30 +73,14 @@ class TreeSession:
                 with self._changed:
                     self._changed.wait_for(lambda: not self._under_way, DRAIN_S)
 
-    def stop(self) -> None:
-        """Has `serve` return. For signal handlers, which run in its thread."""
-        self._stopping = True
-        if self._receiving:
-            self._receiving = False
-            raise _Stop
-
     def _receive(self, buffer: bytearray) -> int:
         """Bytes of the next request in `buffer`; 0 if there is none."""
-        wire.LENGTH.pack_into(buffer, 0, 0)
         try:
-            try:
-                self._receiving = True
-                if not self._stopping:
-                    os.readv(self._fd, [buffer])
-            finally:
-                self._receiving = False
-        except _Stop:
-            pass  # perhaps with a request that has just been read
+            return os.readv(self._fd, [buffer])
         except OSError as exc:
             if exc.errno not in (errno.ENOENT, errno.EAGAIN):  # the request was withdrawn
                 raise
-        length: int = wire.LENGTH.unpack_from(buffer)[0]
-        return length
+            return 0
 
     def _answer(self, request: memoryview) -> None:
         _, opcode, unique, node, *_ = wire.IN_HEADER.unpack_from(request)

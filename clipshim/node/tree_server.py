@@ -30,9 +30,10 @@ def _serve(config: dict[str, Any]) -> None:
     finally:
         os.close(fd)
     files = TreeFileSystem(image, config["devices"], no_opendir=config.get("no_opendir", False))
-    session = TreeSession(files, config["fuse_fd"])
-    signal.signal(signal.SIGTERM, lambda *_: session.stop())
-    session.serve()
+    stop_fd, told_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    signal.set_wakeup_fd(told_fd)
+    signal.signal(signal.SIGTERM, lambda *_: None)  # the wakeup descriptor says it
+    TreeSession(files, config["fuse_fd"]).serve(stop_fd)
 
 
 def main() -> int:

@@ -22,7 +22,8 @@ def main(fuse_fd: int, *, erofs: str, log: str, layers: list[str]) -> None:
     log_fd = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.write(log_fd, b"ready\n")
     os.close(log_fd)
-    session.serve()
+    stop_fd, _ = os.pipe()
+    session.serve(stop_fd)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import signal
 import socket
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -58,12 +57,13 @@ class Files:
 
 
 class Kernel:
-    """The other end of the descriptor, in a thread of its own: a session needs the main one."""
+    """The other end of the descriptor."""
 
     def __init__(self) -> None:
         self.end, ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.end.settimeout(PATIENCE_S)
         self.fd = ours.detach()
+        self.stop_read, self.stop_write = os.pipe()
         self.files = Files()
         self.session = TreeSession(self.files, self.fd)  # type: ignore[arg-type]
 
@@ -79,38 +79,33 @@ class Kernel:
         return unique, -number, data[wire.OUT_HEADER.size :]
 
     def during_serve(self, talk: Callable[[], None]) -> None:
-        """Serves while a thread does `talk`; a signal ends it then."""
+        """Serves while a thread does `talk`, and stops then."""
         with ThreadPoolExecutor(1) as thread:
-            served = threading.Event()
 
             def talk_and_stop() -> None:
                 try:
                     talk()
                 finally:
-                    # once is not enough: Python runs no handler for a signal that comes between its
-                    # last look and the read(2), which then waits
-                    while not served.wait(0.05):
-                        os.kill(os.getpid(), signal.SIGUSR1)
+                    os.write(self.stop_write, b"!")
 
             talked: Future[None] = thread.submit(talk_and_stop)
-            try:
-                self.session.serve()
-            finally:
-                served.set()
+            self.session.serve(self.stop_read)
             talked.result(PATIENCE_S)
+
+    def close(self) -> None:
+        for event in self.files.may_read.values():
+            event.set()
+        self.end.close()
+        for fd in (self.fd, self.stop_read, self.stop_write):
+            os.close(fd)
 
 
 @pytest.fixture
 def kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[Kernel]:
     monkeypatch.setattr(wire, "request_resend", lambda _: False)
     kernel = Kernel()
-    before = signal.signal(signal.SIGUSR1, lambda *_: kernel.session.stop())
     yield kernel
-    signal.signal(signal.SIGUSR1, before)
-    for event in kernel.files.may_read.values():
-        event.set()
-    kernel.end.close()
-    os.close(kernel.fd)
+    kernel.close()
 
 
 def test_answers_carry_the_number_of_their_request(kernel: Kernel) -> None:
@@ -229,4 +224,5 @@ def test_the_end_of_the_mount_is_the_end_of_the_session(
         raise OSError(number, "unmounted")
 
     monkeypatch.setattr(os, "readv", gone)
-    kernel.session.serve()
+    kernel.ask(1, wire.GETATTR)
+    kernel.session.serve(kernel.stop_read)
