@@ -69,14 +69,37 @@ def start_time(pid: int) -> int | None:
     return int(fields[19]) if len(fields) > 19 and fields[0] not in (b"Z", b"X") else None
 
 
+def environment_and_arguments(pid: int) -> tuple[list[bytes], list[bytes]]:
+    """What a process was started with; empty if it is gone, or a thread of the kernel.
+
+    In the middle of execve(2) it has neither for a moment: whoever kills what has a mark would
+    miss a child that is just being started.
+    """
+    end = time.monotonic() + 10
+    while True:
+        environment = _read(f"/proc/{pid}/environ")
+        arguments = _read(f"/proc/{pid}/cmdline")
+        if environment or arguments or not _has_program(pid) or time.monotonic() > end:
+            return environment.split(b"\0"), arguments.split(b"\0")
+        time.sleep(0.005)
+
+
+def _has_program(pid: int) -> bool:
+    try:
+        os.readlink(f"/proc/{pid}/exe")
+    except OSError:
+        return False
+    return True
+
+
 def _belongs(pid: int, root: bytes, run: bytes | None) -> bool:
-    environment = _read(f"/proc/{pid}/environ").split(b"\0")
+    environment, arguments = environment_and_arguments(pid)
     if run is not None and b"CLIPSHIM_TEST_RUN=" + run in environment:
         return True
     below = root + b"/"
     if any(below in entry for entry in environment):
         return True
-    if below in _read(f"/proc/{pid}/cmdline"):
+    if any(below in word for word in arguments):
         return True
     # A process in a container: its root is an overlay over, or a directory in, the run's root.
     for line in _read(f"/proc/{pid}/mountinfo").splitlines():

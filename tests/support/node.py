@@ -188,15 +188,8 @@ class Node:
         for name in os.listdir("/proc"):
             if not name.isdigit() or int(name) == os.getpid():
                 continue
-            try:
-                with (
-                    open(f"/proc/{name}/environ", "rb") as environ,
-                    open(f"/proc/{name}/cmdline", "rb") as cmdline,
-                ):
-                    marked = b"CLIPSHIM_CONFIG=" + mark in environ.read().split(b"\0")
-                    marked = marked or mark in cmdline.read().split(b"\0")
-            except OSError:
-                continue
+            environment, arguments = leftovers.environment_and_arguments(int(name))
+            marked = b"CLIPSHIM_CONFIG=" + mark in environment or mark in arguments
             if marked and leftovers.start_time(int(name)) is not None:
                 found.append(int(name))
         return found
