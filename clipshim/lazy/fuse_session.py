@@ -64,10 +64,10 @@ def handler(
             raise
         except ClipError as exc:
             log.debug("%s: %s", function.__name__, exc)  # who raised it has logged it, rate-limited
-            raise pyfuse3.FUSEError(_reportable(exc.errno)) from exc
+            raise pyfuse3.FUSEError(wire.reportable(exc.errno)) from exc
         except OSError as exc:
             log.warning("%s: %s", function.__name__, exc)
-            raise pyfuse3.FUSEError(_reportable(exc.errno)) from exc
+            raise pyfuse3.FUSEError(wire.reportable(exc.errno)) from exc
         except Exception as exc:
             log.exception("%s failed", function.__name__)
             raise pyfuse3.FUSEError(errno.EIO) from exc
@@ -103,11 +103,6 @@ def volume(size: int, files: int) -> pyfuse3.StatvfsData:
     data.f_files = files
     data.f_namemax = 255
     return data
-
-
-def _reportable(number: int | None) -> int:
-    # ENOSYS would tell the kernel to stop asking: for open that breaks the file system.
-    return errno.EIO if not number or number == errno.ENOSYS else number
 
 
 class FuseSession:

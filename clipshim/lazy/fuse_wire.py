@@ -6,6 +6,7 @@ Protocol 7, linux/fuse.h; numbers are in the machine's byte order.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import struct
@@ -87,6 +88,11 @@ def dirent(ino: int, position: int, kind: int, name: bytes) -> bytes:
     """fuse_dirent with its padding."""
     padding = -(DIRENT.size + len(name)) % DIRENT_ALIGN
     return DIRENT.pack(ino, position, len(name), kind) + name + bytes(padding)
+
+
+def reportable(number: int | None) -> int:
+    """The errno to answer for an error's: ENOSYS would tell the kernel never to ask again."""
+    return errno.EIO if not number or number == errno.ENOSYS else number
 
 
 def request_resend(fuse_fd: int) -> bool:

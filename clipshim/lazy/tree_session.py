@@ -142,5 +142,4 @@ def _errno_of(exc: Exception, opcode: int) -> int:
         log.error("request of opcode %d failed", opcode, exc_info=exc)
     else:
         log.warning("request of opcode %d: %s", opcode, exc)
-    # ENOSYS would tell the kernel never to ask again.
-    return errno.EIO if not number or number == errno.ENOSYS else number
+    return wire.reportable(number)

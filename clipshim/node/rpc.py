@@ -81,7 +81,6 @@ class RpcServer:
         self._handlers = handlers
         self._limit = trio.CapacityLimiter(MAX_CONNECTIONS)
         self._uid = os.geteuid()
-        self.active = 0  # requests being worked on
 
     async def serve(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Accepts until cancelled; connections end with it."""
@@ -125,7 +124,6 @@ class RpcServer:
             if received is None:
                 return
             request = Request(received[0], received[1], connection.send)
-            self.active += 1
             try:
                 answer = await self._answer(request)
                 # before the answer: the client unmounts the file system that its file lies on
@@ -133,7 +131,6 @@ class RpcServer:
                 request.fds.clear()
                 await connection.send(answer, request.reply_fds)
             finally:
-                self.active -= 1
                 close_all(request.fds)
                 close_all(request.reply_fds)
 

@@ -66,9 +66,9 @@ def _layer(path: Path) -> Path:
         member("declared/blob", LARGE),
         link("to-srv", "srv", kind=tarfile.SYMTYPE),
         member("etc/issue", b"this image\n"),
-        directory("work"),
-        directory("work/home"),
-        member("work/other", b"other\n"),
+        directory("desk"),
+        directory("desk/home"),
+        member("desk/other", b"other\n"),
     ]
     path.write_bytes(b"".join(members) + bytes(1024))
     return path
@@ -90,7 +90,7 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> images.Image:
     made = tmp_path_factory.mktemp("volumes")
     layers = [small_images.busybox_layer(made / "1.tar"), _layer(made / "2.tar")]
     volumes: dict[str, dict[str, str]] = {"/declared": {}}
-    return small_images.image(made / "oci", layers, Volumes=volumes, WorkingDir="/work/home")
+    return small_images.image(made / "oci", layers, Volumes=volumes, WorkingDir="/desk/home")
 
 
 @pytest.fixture(scope="module")
@@ -204,8 +204,8 @@ def test_what_is_in_a_volume_stays(engine: Docker | Podman) -> None:
 
 def test_a_volume_where_a_stub_has_something_gets_the_rest(engine: Docker | Podman) -> None:
     """A stub has the working directory and users' names; the engine copies these alone."""
-    options = ["-v", "partly:/work", "-v", "etc:/etc"]
-    script = "cat /work/other /etc/issue /etc/passwd; ls /work"
+    options = ["-v", "partly:/desk", "-v", "etc:/etc"]
+    script = "cat /desk/other /etc/issue /etc/passwd; ls /desk"
     lines = run(engine, *options, IMAGE, "sh", "-c", script).splitlines()
     assert lines[:2] == ["other", "this image"]
     assert lines[2].startswith("root:")
