@@ -35,13 +35,13 @@ from clipshim.index.erofs_read import (
     Inode,
     block_entries,
 )
+from clipshim.index.tree_path import walk_path
 
 if TYPE_CHECKING:
     from clipshim.index.model import Index
 
 MAX_INODES = 4_000_000
 MAX_LINK_TARGET = 4095
-_MAX_LINKS = 40  # linux/namei.h MAXSYMLINKS
 _S_IFIFO = 0o1
 
 
@@ -69,43 +69,6 @@ def sound_tree(index: "Index") -> ErofsImage:
     image = ErofsImage(index.tree())
     check_tree(image, [layer.size for layer in index.layers])
     return image
-
-
-def leads_somewhere(image: ErofsImage, path: bytes) -> bool:
-    """Whether a path from the root of a sound tree exists, links followed as in a chroot.
-
-    Images may hold links that dangle: to what is mounted later, or to a kernel that is not there.
-    """
-    trail = [image.root_nid]
-    parts = path.split(b"/")[::-1]
-    followed = 0
-    is_directory = True
-    while parts:
-        part = parts.pop()
-        if not is_directory:  # a slash behind the name of a file is an error too
-            return False
-        if part in (b"", b"."):
-            continue
-        if part == b"..":
-            if len(trail) > 1:
-                trail.pop()
-            continue
-        nid = image.lookup(trail[-1], part)
-        if nid is None:
-            return False
-        kind = image.inode(nid)[1] >> 12
-        if kind == S_IFLNK:
-            followed += 1
-            if followed > _MAX_LINKS:
-                return False
-            target = image.readlink(nid)
-            if target.startswith(b"/"):
-                del trail[1:]
-            parts += target.split(b"/")[::-1]
-            continue
-        is_directory = kind == S_IFDIR
-        trail.append(nid)
-    return True
 
 
 class _Check:
@@ -140,10 +103,11 @@ class _Check:
         facts.inodes = len(self._directories) + len(self._names)
         if facts.inodes != image.inode_count:
             raise IndexFormatError(f"tree: expected {image.inode_count} inodes, got {facts.inodes}")
+        # images may hold links that dangle: to what is mounted later, to a kernel that is not there
         facts.top_symlinks = {
             name: target
             for name, target in facts.top_symlinks.items()
-            if leads_somewhere(image, name)
+            if walk_path(image, name) is not None
         }
         return facts
 

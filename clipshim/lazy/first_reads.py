@@ -12,6 +12,8 @@ from __future__ import annotations
 import stat
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from clipshim.index.tree_path import walk_path
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
@@ -34,7 +36,6 @@ LIBRARY = b"libc.so.6"  # musl is loader and library in one
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 WHOLE_FILE = 8 << 20  # of a larger one only the headers, at its start, and the data, at its end
 PART = 64 << 10
-MAX_LINKS = 40  # as the kernel's
 MAX_DEPTH = 1000
 
 
@@ -108,34 +109,8 @@ def _texts(value: object) -> list[str]:
 
 
 def _resolve(tree: ErofsImage, path: bytes) -> Found | None:
-    """The regular file at a path, links followed within the tree."""
-    pending = path.split(b"/")[::-1]
-    parents: list[tuple[bytes, int]] = []
-    links = 0
-    while pending:
-        name = pending.pop()
-        if name in (b"", b"."):
-            continue
-        if name == b"..":
-            del parents[-1:]
-            continue
-        directory = parents[-1][1] if parents else tree.root_nid
-        nid = tree.lookup(directory, name) if len(name) <= 255 else None
-        if nid is None or len(parents) >= MAX_DEPTH:
-            return None
-        mode = tree.stat(nid).mode
-        if stat.S_ISLNK(mode):
-            links += 1
-            if links > MAX_LINKS:
-                return None
-            target = tree.readlink(nid)
-            if target.startswith(b"/"):
-                parents.clear()
-            pending += target.split(b"/")[::-1]
-        elif stat.S_ISDIR(mode):
-            parents.append((name, nid))
-        elif stat.S_ISREG(mode) and not pending:
-            return Found(nid, [name for name, _ in parents])
-        else:
-            return None
-    return None
+    """The regular file at a path."""
+    trail = walk_path(tree, path)
+    if not trail or len(trail) > MAX_DEPTH or not stat.S_ISREG(tree.stat(trail[-1][1]).mode):
+        return None
+    return Found(trail[-1][1], [name for name, _ in trail[:-1]])
